@@ -1,0 +1,1 @@
+"""Triton kernels, one file an operator: the kernel, its launcher and its plain-torch reference."""

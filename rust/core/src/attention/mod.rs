@@ -1,0 +1,1 @@
+//! Indexer scoring, sparse attention and dense attention on the CPU.

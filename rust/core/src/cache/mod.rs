@@ -1,0 +1,1 @@
+//! Paged caches: the block pool, block tables and the byte layouts of a page.

@@ -1,0 +1,10 @@
+//! All algorithms of heedful, with no Python in them: `cargo test -p heedful-core` needs no interpreter.
+//!
+//! Data flows one way: `tokenizer` makes ids, `scheduler` plans a step over blocks of `cache`, `attention` and `topk`
+//! compute it. No module calls back into a caller.
+
+pub mod attention;
+pub mod cache;
+pub mod scheduler;
+pub mod tokenizer;
+pub mod topk;

@@ -1,0 +1,1 @@
+//! Byte-level BPE: text to ids and back.

@@ -1,0 +1,1 @@
+//! Selection of the k highest scores of each row.

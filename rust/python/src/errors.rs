@@ -1,0 +1,1 @@
+//! The one place where errors of the core become Python exceptions.

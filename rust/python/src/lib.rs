@@ -1,0 +1,18 @@
+//! The module `heedful._core`: argument checks, zero-copy views, error conversion, and nothing else.
+//!
+//! One file a subject, each with a `register` that adds its classes and functions.
+
+use pyo3::prelude::*;
+
+mod errors;
+mod ops;
+mod scheduler;
+mod tokenizer;
+
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    tokenizer::register(module)?;
+    ops::register(module)?;
+    scheduler::register(module)
+}
