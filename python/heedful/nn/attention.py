@@ -76,7 +76,7 @@ def index_scores(index: IndexProjection) -> torch.Tensor:
 
 
 def select(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """The k highest of each row: scores [..., T, S] -> int32 [..., T, min(k, S)]; lowest position first on ties, -1 pads."""
+    """The k highest of each row [..., T, S] -> int32 [..., T, min(k, S)]; lowest position first on ties, -1 pads."""
     top = scores.detach().sort(dim=-1, descending=True, stable=True)
     k = min(k, scores.shape[-1])
     return top.indices[..., :k].masked_fill(top.values[..., :k] == float("-inf"), -1).int()

@@ -1,0 +1,51 @@
+# Each target is enough by itself on a machine with Python 3.10 or newer, a C compiler and Rust; run again, it is quick.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUST := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' -o -name '*.toml' -o -name '*.tsv')
+DOCUMENT := examples/documents/demo.txt
+
+.PHONY: help demo test lint wheel bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+demo: $(VENV)/.installed ## build, install, and let the built-in model continue a long document
+	$(BIN)/heedful generate --file $(DOCUMENT) --max-tokens 200 --temperature 0.7 --top-p 0.9 --seed 1
+
+test: $(VENV)/.installed-dev ## cargo test, then pytest
+	cargo test --workspace --quiet
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev ## formatting, clippy, ruff and types
+	cargo fmt --check
+	cargo clippy --workspace --all-targets --quiet -- -D warnings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: $(BIN)/maturin ## dist/: a wheel for every CPython from 3.10 on, and an sdist
+	$(BIN)/maturin build --release --sdist --out dist
+
+bench: $(VENV)/.installed-dev ## the side-by-side benchmarks
+	for bench in benches/bench_*.py; do $(BIN)/python $$bench || exit 1; done
+
+clean: ## remove everything that was built here
+	rm -rf $(VENV) target dist
+	find python -name '*.so' -delete
+
+$(BIN)/maturin:
+	@command -v cargo >/dev/null || { echo "Rust is needed: no cargo on PATH" >&2; exit 1; }
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, not " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip 'maturin>=1.9,<2'
+
+$(VENV)/.installed: $(BIN)/maturin $(RUST)
+	$(BIN)/maturin develop --release --extras torch
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/maturin develop --release --extras dev
+	touch $@

@@ -1,0 +1,1 @@
+"""From requests to text: scheduler, model and sampler in one loop."""

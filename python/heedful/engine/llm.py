@@ -1,0 +1,224 @@
+"""`LLM`: a model, its caches and an engine behind one call."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Literal, TypedDict
+
+import torch
+from tqdm import tqdm
+
+from heedful import SchedulerConfig, Tokenizer
+from heedful.config import ModelConfig
+from heedful.engine.caches import BLOCK_SIZE, KVCacheDtype, KVCaches, bytes_per_token
+from heedful.engine.engine import LLMEngine
+from heedful.engine.outputs import RequestOutput
+from heedful.engine.paged_attention import AttentionMode
+from heedful.engine.runner import ModelRunner
+from heedful.engine.sampling_params import SamplingParams
+from heedful.models import load_model
+
+MEMORY_SHARE = 0.4
+"""Share of the free memory that the caches take when `kv_cache_tokens` is not given."""
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids."""
+
+    prompt_token_ids: list[int]
+
+
+Prompt = str | Sequence[int] | TokensPrompt
+
+
+class LLM:
+    """Loads a DSA checkpoint and generates from it.
+
+    Args:
+        model: directory with config.json, safetensors and (for text) tokenizer.json; None takes the built-in model.
+        device: "auto" or "cpu".
+        dtype: "float32", "bfloat16" or "auto", the checkpoint's own.
+        kv_cache_dtype: "float32", "bfloat16", "fp8" or "auto", the model's dtype.
+        kv_cache_tokens: tokens the caches hold; None takes what fits in a share of the free memory.
+        max_model_len: longest prompt and output together; None takes the model's trained context.
+        max_batched_tokens: tokens computed in one step; longer prompts are computed in chunks of it.
+        max_num_seqs: completions that run at the same time.
+        attention: "sparse", or "dense" for the baseline that reads every key.
+        seed: from which requests without a seed of their own draw one.
+
+    Raises:
+        ValueError: an argument, the configuration or a tensor is not what it must be; the message names it.
+        FileNotFoundError: the directory or a file in it is missing.
+        MemoryError: the caches do not fit.
+
+    Example:
+        >>> from heedful import LLM, SamplingParams
+        >>> llm = LLM()  # doctest: +SKIP
+        >>> llm.generate("The cat", SamplingParams(max_tokens=8))[0].outputs[0].text  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        device: Literal["auto", "cpu"] = "auto",
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        kv_cache_dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto",
+        kv_cache_tokens: int | None = None,
+        max_model_len: int | None = None,
+        max_batched_tokens: int = 8192,
+        max_num_seqs: int = 256,
+        attention: AttentionMode = "sparse",
+        seed: int = 0,
+    ) -> None:
+        _check_choice("device", device, ("auto", "cpu"))
+        _check_choice("dtype", dtype, ("auto", "float32", "bfloat16"))
+        _check_choice("kv_cache_dtype", kv_cache_dtype, ("auto", "float32", "bfloat16", "fp8"))
+        _check_choice("attention", attention, ("sparse", "dense"))
+        for name, value in (
+            ("kv_cache_tokens", kv_cache_tokens),
+            ("max_model_len", max_model_len),
+            ("max_batched_tokens", max_batched_tokens),
+            ("max_num_seqs", max_num_seqs),
+        ):
+            _check_positive(name, value)
+        path = _model_path(model)
+        self.config = ModelConfig.from_file(path)
+        self.dtype = _model_dtype(self.config, dtype)
+        cache_dtype = _cache_dtype(self.dtype, kv_cache_dtype)
+        max_model_len = _model_len(self.config, max_model_len)
+        tokens = kv_cache_tokens or _tokens_that_fit(self.config, cache_dtype, max_model_len * max_num_seqs)
+        num_blocks = -(-tokens // BLOCK_SIZE)
+        network = load_model(path, self.config, self.dtype, torch.device("cpu"))
+        self.tokenizer = Tokenizer.from_pretrained(path) if (path / "tokenizer.json").is_file() else None
+        self.caches = KVCaches(self.config, num_blocks, cache_dtype, torch.device("cpu"))
+        self.engine = LLMEngine(
+            ModelRunner(network, self.caches, attention),
+            SchedulerConfig(
+                num_blocks=num_blocks,
+                block_size=BLOCK_SIZE,
+                max_batched_tokens=max_batched_tokens,
+                max_num_seqs=max_num_seqs,
+                max_model_len=min(max_model_len, num_blocks * BLOCK_SIZE),
+            ),
+            self.tokenizer,
+            self.config.eos_token_ids,
+            seed,
+        )
+        self._request_numbers = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes prompts, all in one batch.
+
+        Args:
+            prompts: text, token ids, {"prompt_token_ids": ids}, or a list of these.
+            sampling_params: for all prompts, or one for each; None takes the defaults.
+            progress: show a bar on standard error.
+
+        Returns:
+            One finished output for each prompt, in their order.
+
+        Raises:
+            ValueError: a prompt is empty, too long or not of this vocabulary, or the lists differ in length; the
+                message names the prompt by its number, and nothing was started.
+        """
+        wanted = _as_list(prompts)
+        params = _as_params(sampling_params, len(wanted))
+        ids = [f"request-{next(self._request_numbers)}" for _ in wanted]
+        results: dict[str, RequestOutput] = {}
+        with tqdm(total=len(ids), desc="Generating", unit="prompt", disable=not progress, leave=False) as bar:
+            try:
+                for number, request_id in enumerate(ids):
+                    try:
+                        self.engine.add_request(request_id, wanted[number], params[number])
+                    except ValueError as error:
+                        raise ValueError(f"prompts[{number}]: {error}") from error
+                while len(results) < len(ids):
+                    for output in self.engine.step():
+                        if output.finished:
+                            results[output.request_id] = output
+                            bar.update()
+            finally:
+                for request_id in ids:
+                    self.engine.abort_request(request_id)
+        return [results[request_id] for request_id in ids]
+
+
+def _model_path(model: str | os.PathLike[str] | None) -> Path:
+    if model is None:
+        from heedful import builtin
+
+        return builtin.path()
+    path = Path(model)
+    if not path.is_dir():
+        raise FileNotFoundError(f"model: expected a directory with config.json and safetensors, {path} is none")
+    return path
+
+
+def _model_dtype(config: ModelConfig, dtype: str) -> torch.dtype:
+    if dtype == "auto":
+        dtype = "float32" if config.dtype == "float32" else "bfloat16"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def _cache_dtype(dtype: torch.dtype, kv_cache_dtype: str) -> KVCacheDtype:
+    if kv_cache_dtype == "auto":
+        return "float32" if dtype == torch.float32 else "bfloat16"
+    return kv_cache_dtype  # type: ignore[return-value]  # checked by the caller
+
+
+def _model_len(config: ModelConfig, max_model_len: int | None) -> int:
+    if max_model_len is None:
+        return config.max_position_embeddings
+    if max_model_len > config.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len: expected at most the model's {config.max_position_embeddings}, got {max_model_len}"
+        )
+    return max_model_len
+
+
+def _tokens_that_fit(config: ModelConfig, kv_cache_dtype: KVCacheDtype, most: int) -> int:
+    """Tokens in the caches: as many as could ever be used, or as a share of the free memory holds."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fit = int(free * MEMORY_SHARE) // bytes_per_token(config, kv_cache_dtype)
+    if fit < BLOCK_SIZE:
+        raise MemoryError(f"kv_cache_tokens: {free} free bytes hold no block of {BLOCK_SIZE} tokens")
+    return min(most, fit // BLOCK_SIZE * BLOCK_SIZE)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[str | Sequence[int]]:
+    if isinstance(prompts, (str, dict)) or (len(prompts) > 0 and isinstance(prompts[0], Integral)):
+        prompts = [prompts]  # type: ignore[list-item]
+    return [p["prompt_token_ids"] if isinstance(p, dict) else p for p in prompts]  # type: ignore[misc]
+
+
+def _as_params(
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> Sequence[SamplingParams]:
+    if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        return [sampling_params or SamplingParams()] * count
+    if len(sampling_params) != count:
+        raise ValueError(f"sampling_params: expected one or {count}, got {len(sampling_params)}")
+    return sampling_params
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_positive(name: str, value: int | None) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")

@@ -1,0 +1,83 @@
+"""MLA attention over paged caches: write this step's rows, score, select, attend. One object a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from heedful import ops
+from heedful.engine.caches import KVCaches
+from heedful.nn import MLA, IndexProjection, LatentProjection
+
+AttentionMode = Literal["sparse", "dense"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """Where a step's N tokens of B sequences lie, as the scheduler planned it."""
+
+    slot_mapping: torch.Tensor
+    """[N] int64: the cache row each token is written to (block * 64 + offset)."""
+    query_start_loc: torch.Tensor
+    """[B + 1] int32: each sequence's first token among the N."""
+    seq_lens: torch.Tensor
+    """[B] int32: keys of each sequence, this step's included."""
+    block_tables: torch.Tensor
+    """[B, M] int32: blocks of each sequence, -1 past its end."""
+
+
+class PagedAttention:
+    """The `heedful.nn.Attention` of one engine step.
+
+    Args:
+        caches: cache tensors of all layers.
+        layout: where this step's tokens lie.
+        mode: "sparse" reads the selected keys, "dense" all of them (the baseline, on the same caches and code path).
+        index_topk: K, keys a query reads in sparse mode.
+    """
+
+    def __init__(self, caches: KVCaches, layout: StepLayout, *, mode: AttentionMode, index_topk: int) -> None:
+        self.caches = caches
+        self.layout = layout
+        self.mode = mode
+        self.index_topk = index_topk
+        self.pages = {
+            "block_tables": layout.block_tables,
+            "seq_lens": layout.seq_lens,
+            "query_start_loc": layout.query_start_loc,
+        }
+
+    def __call__(
+        self,
+        layer: int,
+        mla: MLA,
+        projection: LatentProjection,
+        index: IndexProjection | None,
+        shared: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        cache = self.caches.latent[layer]
+        rows = torch.cat((projection.latent, projection.k_pe), dim=-1)
+        value_dim = mla.kv_lora_rank
+        ops.write_latent_cache(rows, cache, self.layout.slot_mapping, value_dim=value_dim)
+        query = mla.absorb_query(projection)
+        attend = {"scale": mla.scale, "value_dim": value_dim, "cache": cache, **self.pages}
+        if self.mode == "dense":
+            attended, _ = ops.dense_attention_paged(query, **attend)
+            return mla.expand_value(attended), None
+        selection = shared if index is None else self._select(layer, index)
+        if selection is None:
+            raise ValueError(f"layer {layer} has no indexer and no earlier layer's selection to share")
+        attended, _ = ops.sparse_attention_paged(query, selection, **attend)
+        return mla.expand_value(attended), selection
+
+    def _select(self, layer: int, index: IndexProjection) -> torch.Tensor:
+        """Writes this step's index keys and picks each query's keys: int32 [N, K]."""
+        cache = self.caches.index[layer]
+        query, key = index.query, index.key
+        if self.caches.layout.kv_cache_dtype == "fp8":
+            # The rotation leaves exact dot products unchanged and spreads outliers before e4m3 rounds them.
+            query, key = ops.hadamard(query), ops.hadamard(key)
+        ops.write_index_cache(key, cache, self.layout.slot_mapping)
+        return ops.index_top_k_paged(query, index.weights, self.index_topk, cache=cache, **self.pages)
