@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 import sys
 import warnings
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ MAX_CONFIG_BYTES = 16 * 2**20
 
 _MAX_SIZE = 2**31 - 1  # no size of a model comes near; products of two fit in 64 bits
 _MAX_LAYERS = 10_000
+_MAX_EXPERTS = 65_536  # their tensors are listed one by one
 
 _DEFAULTS: dict[str, dict[str, int | float]] = {
     "deepseek_v32": {
@@ -81,6 +83,7 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "mlp_bias": (False,),
     "rope_interleave": (True,),
     "ep_size": (1,),
+    "partial_rotary_factor": (1,),
 }
 
 # Keys that change nothing here.
@@ -91,7 +94,7 @@ _IGNORED = frozenset(
         "chunk_size_feed_forward", "cross_attention_hidden_size", "dtype", "head_dim", "id2label",
         "initializer_range", "is_decoder", "is_encoder_decoder", "keys_to_ignore_at_inference", "label2id",
         "layer_types", "model_type", "num_key_value_heads", "num_nextn_predict_layers", "output_attentions",
-        "output_hidden_states", "output_router_logits", "partial_rotary_factor", "pretraining_tp",
+        "output_hidden_states", "output_router_logits", "pretraining_tp",
         "problem_type", "qk_head_dim", "return_dict", "router_aux_loss_coef", "sep_token_id", "seq_aux",
         "tie_encoder_decoder", "torch_dtype", "transformers_version", "use_bfloat16", "use_cache",
     )
@@ -196,6 +199,8 @@ class ModelConfig:
         file = Path(path)
         if file.is_dir():
             file = file / "config.json"
+        if file.exists() and not file.is_file():
+            raise ValueError(f"config.json: expected a file, {file} is none")
         size = file.stat().st_size
         if size > MAX_CONFIG_BYTES:
             raise ValueError(f"config.json: expected at most {MAX_CONFIG_BYTES} bytes, got {size}")
@@ -220,9 +225,9 @@ class _Reader:
         self.values = values
         self.read: set[str] = set()
         model_type = values.get("model_type")
-        if model_type not in _DEFAULTS:
+        if not isinstance(model_type, str) or model_type not in _DEFAULTS:
             raise _error("model_type", f"one of {', '.join(_DEFAULTS)}", model_type)
-        self.model_type: Literal["deepseek_v32", "glm_moe_dsa"] = model_type
+        self.model_type: Literal["deepseek_v32", "glm_moe_dsa"] = model_type  # type: ignore[assignment]  # just checked
         self.defaults = _DEFAULTS[model_type]
 
     def config(self) -> ModelConfig:
@@ -235,8 +240,9 @@ class _Reader:
             if self.get(alias) is not None:
                 sizes["n_routed_experts"] = self.size(alias, 0)
         layers = sizes["num_hidden_layers"]
-        if layers > _MAX_LAYERS:
-            raise _error("num_hidden_layers", f"at most {_MAX_LAYERS}", layers)
+        for key, most in (("num_hidden_layers", _MAX_LAYERS), ("n_routed_experts", _MAX_EXPERTS)):
+            if sizes[key] > most:
+                raise _error(key, f"at most {most}", sizes[key])
         config = ModelConfig(
             model_type=self.model_type,
             **sizes,
@@ -309,12 +315,13 @@ class _Reader:
         types, pattern = self.get("indexer_types"), self.get("index_topk_pattern")
         freq, offset = self.get("index_topk_freq"), self.get("index_skip_topk_offset")
         if self.model_type == "deepseek_v32":
-            shared = {"indexer_types": types, "index_topk_pattern": pattern, "index_topk_freq": freq}
-            for key, value in shared.items():
-                if value is not None and (key != "index_topk_freq" or value != 1):
-                    resolved = value if isinstance(value, (list, str)) else [value]
-                    if any(v not in ("full", "F") for v in resolved):
-                        raise _error(key, "an indexer on every layer of a deepseek_v32 model", value)
+            every = "an indexer on every layer of a deepseek_v32 model"
+            if types is not None and "shared" in _layer_types("indexer_types", types, layers, ("full", "shared")):
+                raise _error("indexer_types", every, types)
+            if pattern is not None and pattern not in ("F" * layers, ["full"] * layers):
+                raise _error("index_topk_pattern", every, pattern)
+            if freq is not None and freq != 1:
+                raise _error("index_topk_freq", every, freq)
             return ("full",) * layers
         if types is not None:
             return _layer_types("indexer_types", types, layers, ("full", "shared"))
@@ -355,23 +362,24 @@ class _Reader:
         truncate = rope.pop("truncate", True)
         if not isinstance(truncate, bool):
             raise _error(f"{key}.truncate", "true or false", truncate)
+        context = self.size("max_position_embeddings", int(self.defaults["max_position_embeddings"]))
         original = _positive_int(
-            f"{key}.original_max_position_embeddings", rope.pop("original_max_position_embeddings", None)
+            f"{key}.original_max_position_embeddings", rope.pop("original_max_position_embeddings", context)
         )
-        factor = rope.pop("factor", None)
-        if factor is None:
-            factor = self.size("max_position_embeddings", int(self.defaults["max_position_embeddings"])) / original
+        factor = _positive_number(f"{key}.factor", rope.pop("factor", context / original))
+        if factor < 1:
+            raise _error(f"{key}.factor", "at least 1", factor)
         names = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
         numbers = {name: _number(f"{key}.{name}", rope.pop(name)) for name in names if name in rope}
-        for name in ("beta_fast", "beta_slow"):
-            if name in numbers:
-                _positive_number(f"{key}.{name}", numbers[name])
+        for name, value in numbers.items():
+            if value < 0 or (value == 0 and not name.startswith("mscale")):
+                raise _error(f"{key}.{name}", "a positive number", value)
         if rope:
             raise _error(f"{key}.{min(rope)}", "a known setting of YaRN", rope[min(rope)])
         return RopeConfig(
             theta=theta,
             type="yarn",
-            factor=_positive_number(f"{key}.factor", factor),
+            factor=factor,
             original_max_position_embeddings=original,
             truncate=truncate,
             **numbers,
@@ -421,6 +429,8 @@ def _check_consistent(config: ModelConfig) -> None:
         return
     if config.n_routed_experts % config.n_group:
         raise _error("n_routed_experts", f"a multiple of n_group {config.n_group}", config.n_routed_experts)
+    if config.topk_group < config.n_group and config.n_routed_experts < 2 * config.n_group:
+        raise _error("n_routed_experts", "at least 2 a group, whose two best rank the groups", config.n_routed_experts)
     if config.topk_group > config.n_group:
         raise _error("topk_group", f"at most n_group {config.n_group}", config.topk_group)
     reachable = config.n_routed_experts // config.n_group * config.topk_group
@@ -464,7 +474,5 @@ def _positive_number(key: str, value: object) -> float:
 
 
 def _error(key: str, expected: str, got: object) -> ValueError:
-    shown = repr(got)
-    if len(shown) > 80:
-        shown = f"{shown[:77]}..."
-    return ValueError(f"config.json: {key}: expected {expected}, got {shown}")
+    # Values may be nested or long without end: reprlib shows their beginning.
+    return ValueError(f"config.json: {key}: expected {expected}, got {reprlib.repr(got)}")

@@ -15,6 +15,8 @@ from pathlib import Path
 MAX_HEADER_BYTES = 100 * 2**20
 """The format's own limit."""
 
+_MAX_RANK = 64  # torch's limit; bounds the product of sizes too
+
 DTYPE_BYTES = {
     "BOOL": 1,
     "U8": 1,
@@ -65,7 +67,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             )
         text = stream.read(length)
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file.name}: header: expected JSON: {error}") from error
     if not isinstance(header, dict):
@@ -90,14 +92,24 @@ def _place(file: Path, name: str, entry: object) -> tuple[int, int]:
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise error("dtype", f"one of {', '.join(DTYPE_BYTES)}", dtype)
-    if not _is_sizes(shape):
-        raise error("shape", "a list of sizes", shape)
+    if not _is_sizes(shape) or len(shape) > _MAX_RANK:
+        raise error("shape", f"a list of at most {_MAX_RANK} sizes", shape)
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise error("data_offsets", "[start, end] with start <= end", offsets)
     nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != nbytes:
         raise error("data_offsets", f"{nbytes} bytes for {dtype} {shape}", offsets)
     return offsets[0], offsets[1]
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; readers differ in which of two equal names they take, so there must be none."""
+    values: dict[str, object] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{name!r} is there twice")
+        values[name] = value
+    return values
 
 
 def _is_sizes(values: object) -> bool:

@@ -26,6 +26,9 @@ WEIGHTS_FILE = "model.safetensors"
 MAX_INDEX_BYTES = 256 * 2**20
 """A larger index file is refused unread."""
 
+DEFAULT_BLOCK = (128, 128)
+"""Rows and columns that share a scale where an FP8 checkpoint's configuration does not say."""
+
 _FLOAT_DTYPES = ("F32", "F16", "BF16")
 _SHOWN = 10  # names listed in one message at most
 _MAX_MISSING = 10_000  # a file this far from its configuration is not searched further
@@ -46,13 +49,12 @@ class Checkpoint:
         self.directory = Path(directory)
         self.tensors: dict[str, TensorInfo] = {}
         """What and where each tensor is, by its name in the files."""
-        index = self.directory / INDEX_FILE
-        if not index.is_file():
-            file = self.directory / WEIGHTS_FILE
-            if not file.is_file():
-                raise FileNotFoundError(f"{self.directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there")
+        index, file = self.directory / INDEX_FILE, self.directory / WEIGHTS_FILE
+        if file.is_file():  # before the index, as in transformers
             self.tensors = read_header(file)
             return
+        if not index.is_file():
+            raise FileNotFoundError(f"{self.directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there")
         weight_map = _read_weight_map(index)
         headers = {shard: read_header(self.directory / shard) for shard in sorted(set(weight_map.values()))}
         for name, shard in weight_map.items():
@@ -150,8 +152,8 @@ def _feed_forward_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int
 
 
 def keep_float32(name: str) -> bool:
-    """Whether a tensor stays float32 in a model of another dtype: norms, biases, and the indexer's head weights."""
-    return "norm" in name or name.endswith(("bias", "weights_proj.weight"))
+    """Whether a tensor stays float32 in a model of any dtype: norms, the router's bias, the indexer's head weights."""
+    return "norm" in name or name.endswith(("e_score_correction_bias", "weights_proj.weight"))
 
 
 def read_state(
@@ -220,9 +222,15 @@ def dequantize_blocks(
     Returns:
         [rows, columns] float32.
     """
-    rows, columns = block_size or (128, 128)
-    scales = scale_inv.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-    return weight.float() * scales[: weight.shape[0], : weight.shape[1]]
+    import torch
+
+    rows, columns = block_size or DEFAULT_BLOCK
+    column_block = torch.arange(weight.shape[1], device=weight.device) // columns
+    scales = scale_inv.float()[:, column_block]  # [row blocks, columns]: far smaller than the weight
+    values = weight.float()
+    for block, part in enumerate(values.split(rows)):
+        part *= scales[block]
+    return values
 
 
 def find_sources(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, list[str]]:
@@ -271,7 +279,7 @@ def _check_dtypes(tensors: dict[str, TensorInfo], wanted: dict[str, tuple[int, .
         scale = f"{name}_scale_inv"
         if scale not in tensors:
             raise ValueError(f"missing tensors: {scale} (of FP8 tensor {name})")
-        rows, columns = config.weight_block_size or (128, 128)
+        rows, columns = config.weight_block_size or DEFAULT_BLOCK
         expected = (-(-shape[0] // rows), -(-shape[1] // columns))
         if tensors[scale].shape != expected:
             raise ValueError(f"tensor {scale!r}: expected shape {list(expected)}, got {list(tensors[scale].shape)}")
