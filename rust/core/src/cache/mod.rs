@@ -1,1 +1,5 @@
 //! Paged caches: the block pool, block tables and the byte layouts of a page.
+
+mod block_pool;
+
+pub use block_pool::{BlockPool, BlockTable};
