@@ -1,11 +1,13 @@
 """Arrays at the border: NumPy arrays and CPU torch tensors, checked once and viewed as what the core takes.
 
-torch is never imported: a tensor is recognised by its module, and is viewed through its own methods. NumPy has no bfloat16 and
-no FP8 of its own, so those cross as uint16 and uint8 views of the same memory (`ml_dtypes` arrays are recognised by name).
+torch is never imported: a tensor is recognised by its class, and is viewed through its own methods. NumPy has
+no bfloat16 and no FP8 of its own, so those cross as uint16 and uint8 views of the same memory (`ml_dtypes`
+arrays are recognised by name).
 """
 
 from __future__ import annotations
 
+import operator
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +28,7 @@ _VIEWS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
 
 @dataclass(frozen=True)
 class View:
-    """One checked argument: `data` is C-contiguous memory of the caller's array (or a contiguous copy of it)."""
+    """One checked argument: `data` is the caller's own memory, C-contiguous (or else a contiguous copy)."""
 
     data: np.ndarray[Any, Any]
     dtype: str
@@ -47,14 +49,14 @@ class View:
 
 
 class Arguments:
-    """The arguments of one call: views them, binds dimension letters to sizes, and gives results back in kind."""
+    """The arguments of one call: views them, binds dimension letters to sizes, gives results back in kind."""
 
     def __init__(self, backend: str) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
         if backend == "triton":
             raise RuntimeError(
-                "backend: 'triton' needs CUDA tensors and the GPU kernels, which this version does not have"
+                "backend: 'triton' needs CUDA tensors and GPU kernels, which this version does not have"
             )
         self.backend = backend
         self.reference = backend == "reference"
@@ -66,7 +68,8 @@ class Arguments:
     ) -> View:
         """Views `value`, whose dimensions are the letters of `shape` ("T, Hi, Di"; "..." for any).
 
-        Raises ValueError for another type, dtype, rank or size; with `in_place`, also for strides that would need a copy.
+        Raises ValueError for another type, dtype, rank or size; with `in_place`, also for strides that would
+        need a copy.
         """
         array, dtype = self._view(name, value)
         dims = shape.split(", ") if shape else []
@@ -85,14 +88,14 @@ class Arguments:
         usable = array.flags.c_contiguous and array.flags.aligned
         if in_place and not usable:
             raise ValueError(
-                f"{name}: expected a C-contiguous array (it is written or read in place), got strides {array.strides}"
+                f"{name}: expected a C-contiguous array (it is used in place), got strides {array.strides}"
             )
-        return View(array if usable else np.require(array, requirements="CA"), dtype)
+        return View(array if usable else np.require(array, requirements=("C", "A")), dtype)
 
     def integers(
         self, name: str, value: Any, shape: str, dtype: type[np.integer[Any]]
     ) -> np.ndarray[Any, Any]:
-        """As `take`, for int32 or int64 (or a sequence of ints): converted to `dtype` when every value fits."""
+        """As `take`, for int32 or int64 (or a sequence of ints): converted to `dtype` if every value fits."""
         if isinstance(value, (list, tuple, range)):
             value = np.array(value, dtype=np.int64) if len(value) else np.zeros(0, np.int64)
         data = self.take(name, value, ("int32", "int64"), shape).data
@@ -110,7 +113,7 @@ class Arguments:
         return self.sizes[letter]
 
     def give(self, result: np.ndarray[Any, Any], dtype: str) -> Any:
-        """`result` (a view type for bfloat16 and FP8, or any floats) as the caller's kind of array, without a copy."""
+        """`result` as the caller's kind of array, without a copy if it already is of `dtype` or its view."""
         storage = np.dtype(_VIEWS.get(dtype, dtype))
         if result.dtype != storage:
             result = _round_to_bfloat16(result) if dtype == "bfloat16" else result.astype(storage)
@@ -133,9 +136,7 @@ class Arguments:
             raise ValueError(f"{name}: expected a NumPy array or a torch tensor, got {type(value).__name__}")
         if value.device.type != "cpu":
             if self.backend == "auto":
-                raise RuntimeError(
-                    f"{name}: is on {value.device}, which needs the GPU kernels that this version does not have"
-                )
+                raise RuntimeError(f"{name}: is on {value.device}, but this version has no GPU kernels")
             raise ValueError(
                 f"{name}: expected a CPU tensor for backend={self.backend!r}, got one on {value.device}"
             )
@@ -152,6 +153,17 @@ class Arguments:
             # A dtype view keeps memory and strides; NumPy could not name the dtype itself.
             value = value.view(getattr(torch, _VIEWS[dtype]))
         return value.numpy(), dtype
+
+
+def integer(name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
+    """`value` as an int; ValueError unless it is an integer from `low` to `high`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected an integer from {low} to {high}, got {value!r}") from None
+    if not low <= number <= high:
+        raise ValueError(f"{name}: expected an integer from {low} to {high}, got {number}")
+    return number
 
 
 def _round_to_bfloat16(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -1,12 +1,12 @@
 """Types of the compiled module `heedful._core` (checked against it in tests/test_stubs.py)."""
 
-__version__: str
-
-# Operators (rust/python/src/ops). bfloat16 crosses as uint16, FP8 as uint8; `out` and `lse` are written.
-
 from typing import Any
 
 import numpy as np
+
+__version__: str
+
+# Operators (rust/python/src/ops). bfloat16 crosses as uint16, FP8 as uint8; `out` and `lse` are written.
 
 _Array = np.ndarray[Any, Any]
 
@@ -23,6 +23,9 @@ def index(
     selected: bool,
     out: _Array,
 ) -> None: ...
+def check_batch(
+    queries: int, blocks: int, block_tables: _Array, seq_lens: _Array, query_start_loc: _Array
+) -> None: ...
 def index_paged(
     q: _Array,
     weights: _Array,
@@ -35,7 +38,7 @@ def index_paged(
 ) -> None: ...
 def attention(
     q: _Array,
-    kv: _Array | None,
+    kv: _Array,
     v: _Array | None,
     indices: _Array | None,
     q_positions: _Array | None,

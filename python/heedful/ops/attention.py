@@ -2,7 +2,7 @@
 
 | operator | arguments | result |
 |---|---|---|
-| sparse_attention | q [T, H, Dk], kv [S, Dk] or [S, Hkv, Dk], indices int32 [T, K] | out [T, H, Dv], lse float32 [T, H] |
+| sparse_attention | q [T, H, Dk], kv [S, (Hkv,) Dk], indices int32 [T, K] | out [T, H, Dv], lse [T, H] |
 | dense_attention | q, kv; causal | the same |
 | hadamard | x [..., D] | the same shape and dtype |
 """
@@ -10,13 +10,12 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
 import numpy as np
 
 from heedful import _core
-from heedful._arrays import FLOATS, A, Arguments, View
+from heedful._arrays import FLOATS, A, Arguments, View, integer
 from heedful.ops import reference
 from heedful.ops.pages import paged_arguments, storage
 
@@ -45,7 +44,7 @@ def sparse_attention(
         backend: "auto", "cpu" or "reference".
 
     Returns:
-        out [T, H, Dv] in q's dtype, and lse float32 [T, H], the natural logarithm of the sum of exp(scale q . k).
+        out [T, H, Dv] in q's dtype; lse float32 [T, H], the natural logarithm of the sum of exp(scale q . k).
         A query with no valid index has out = 0 and lse = -inf.
 
     Raises:
@@ -95,12 +94,12 @@ def sparse_attention_paged(
     """`sparse_attention` of a ragged batch whose latent rows lie in pages.
 
     Args:
-        q: [N, H, C + R], the queries of B sequences one after another; those of a sequence are its last tokens.
-        indices: [N, K] int32, positions in the query's own sequence; negative ones and those >= seq_len are skipped.
+        q: [N, H, C + R], the queries of B sequences in a row; those of a sequence are its last tokens.
+        indices: [N, K] int32, positions in the query's own sequence; any below 0 or >= seq_len is skipped.
         scale: factor of the logits.
         value_dim: C; a key is the whole row, its value the first C numbers.
-        cache: [num_blocks, 64, C + R] float32 or bfloat16, or uint8 [num_blocks, 64, C + 4 ceil(C / 128) + 2 R]: C e4m3
-            codes, a float32 scale for each 128 of them, R bfloat16 values (656 bytes for C = 512, R = 64).
+        cache: [num_blocks, 64, C + R] float32 or bfloat16, or uint8 with rows of C e4m3 codes, a float32
+            scale for each 128 of them, and R bfloat16 values (656 bytes for C = 512, R = 64).
         block_tables: [B, M] int32; entries beyond a sequence's pages are not read.
         seq_lens: [B] int32, keys of each sequence including this step's tokens.
         query_start_loc: [B + 1] int32, first row of each sequence in q, then N.
@@ -111,7 +110,8 @@ def sparse_attention_paged(
         out [N, H, C] in q's dtype, lse float32 [N, H].
 
     Raises:
-        ValueError: an argument of another shape, dtype or value, a needed block outside the cache; it is named.
+        ValueError: an argument of another shape, dtype or value, a needed block outside the
+            cache; it is named.
     """
     batch = (block_tables, seq_lens, query_start_loc)
     return _paged(Arguments(backend), q, indices, scale, value_dim, cache, batch, sink)
@@ -129,13 +129,13 @@ def dense_attention_paged(
     sink: A | None = None,
     backend: str = "auto",
 ) -> tuple[A, A]:
-    """`dense_attention` of a ragged batch over pages; arguments, results and errors as `sparse_attention_paged`."""
+    """`dense_attention` of a ragged batch over pages; otherwise as `sparse_attention_paged`."""
     batch = (block_tables, seq_lens, query_start_loc)
     return _paged(Arguments(backend), q, None, scale, value_dim, cache, batch, sink)
 
 
 def hadamard(x: A, *, backend: str = "auto") -> A:
-    """Orthonormal Walsh-Hadamard transform of the last dimension (its own inverse); spreads outliers before FP8.
+    """Orthonormal Walsh-Hadamard transform of the last dimension (its own inverse); used before FP8.
 
     Args:
         x: [..., D] float32, bfloat16 or float16, D a power of two.
@@ -182,21 +182,19 @@ def _contiguous(
     sinks = None if sink is None else call.take("sink", sink, ("float32",), "H")
     scale = _scale(scale)
     # One shared row a key is one key head.
-    heads = [
-        None if x is None else View(x.data if grouped else x.data[:, None], x.dtype) for x in (keys, values)
-    ]
+    if not grouped:
+        keys, values = _one_head(keys), None if values is None else _one_head(values)
     if call.reference:
-        k, v = (None if x is None else x.float64() for x in heads)
-        s = None if sinks is None else sinks.float64()
-        args = (query.float64(), k)
+        k, v, s = keys.float64(), _float64(values), _float64(sinks)
         if chosen is None:
-            out, lse = reference.dense_attention(*args, scale, positions, width, v, s)
+            out, lse = reference.dense_attention(query.float64(), k, scale, positions, width, v, s)
         else:
-            out, lse = reference.sparse_attention(*args, chosen.data, scale, width, v, s)
+            out, lse = reference.sparse_attention(query.float64(), k, chosen.data, scale, width, v, s)
         return call.give(out, query.dtype), call.give(lse, "float32")
     out, lse = _outputs(query, width)
-    k, v = (None if x is None else x.data for x in heads)
-    _core.attention(query.data, k, v, _data(chosen), positions, scale, width, _data(sinks), out, lse)
+    _core.attention(
+        query.data, keys.data, _data(values), _data(chosen), positions, scale, width, _data(sinks), out, lse
+    )
     return call.give(out, query.dtype), call.give(lse, "float32")
 
 
@@ -214,7 +212,7 @@ def _paged(
     width = _width(value_dim, call.size("Dk"))
     pages = storage(call, cache, call.size("Dk"), width)
     chosen = None if indices is None else call.take("indices", indices, ("int32",), "N, K")
-    tables = paged_arguments(call, *batch)
+    tables = paged_arguments(call, pages, *batch)
     sinks = None if sink is None else call.take("sink", sink, ("float32",), "H")
     scale = _scale(scale)
     out, lse = _outputs(query, width)
@@ -223,10 +221,10 @@ def _paged(
             query.data, _data(chosen), pages.data, *tables, scale, width, _data(sinks), out, lse
         )
         return call.give(out, query.dtype), call.give(lse, "float32")
-    wide, s = np.zeros(out.shape), None if sinks is None else sinks.float64()
+    wide, s = np.zeros(out.shape), _float64(sinks)
     numbers = pages.float64() if pages.dtype != "uint8" else pages.data
     for rows, slots in reference.sequences(*tables):
-        kv = reference.read_latent_cache(numbers, slots, call.size("Dk"), width)[:, None]
+        kv = reference.read_latent_cache(numbers, slots, width)[:, None]
         part = query.float64()[rows]
         if chosen is None:
             wide[rows], lse[rows] = reference.dense_attention(part, kv, scale, None, width, None, s)
@@ -240,6 +238,14 @@ def _paged(
 def _outputs(query: View, width: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     T, H, _ = query.shape
     return np.empty((T, H, width), query.data.dtype), np.empty((T, H), np.float32)
+
+
+def _one_head(view: View) -> View:
+    return View(view.data[:, None], view.dtype)
+
+
+def _float64(view: View | None) -> Any:
+    return None if view is None else view.float64()
 
 
 def _data(view: View | None) -> Any:
@@ -257,10 +263,4 @@ def _scale(scale: Any) -> float:
 
 
 def _width(value_dim: Any, dim: int) -> int:
-    try:
-        width = dim if value_dim is None else operator.index(value_dim)
-    except TypeError:
-        raise ValueError(f"value_dim: expected an integer from 1 to {dim}, got {value_dim!r}") from None
-    if not 1 <= width <= dim:
-        raise ValueError(f"value_dim: expected an integer from 1 to {dim} (Dk of q), got {width}")
-    return width
+    return dim if value_dim is None else integer("value_dim", value_dim, 1, dim)

@@ -1,4 +1,4 @@
-"""Lightning-indexer scores and top-k selection. Formulas: `heedful.ops.reference`; DeepSeek-V3.2-Exp report, section 2.
+"""Lightning-indexer scores and top-k selection (DeepSeek-V3.2-Exp report; `heedful.ops.reference`).
 
 | operator | arguments | result |
 |---|---|---|
@@ -9,15 +9,14 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
 
 from heedful import _core
-from heedful._arrays import FLOATS, A, Arguments, View
+from heedful._arrays import FLOATS, A, Arguments, View, integer
 from heedful.ops import reference
-from heedful.ops.pages import paged_arguments, storage
+from heedful.ops.pages import Batch, paged_arguments, storage
 
 _NUMBERS = (*FLOATS, "float8_e4m3fn", "int8")
 
@@ -25,7 +24,7 @@ _NUMBERS = (*FLOATS, "float8_e4m3fn", "int8")
 def index_scores(
     q: A, k: A, weights: A, *, q_positions: Any = None, k_scale: A | None = None, backend: str = "auto"
 ) -> A:
-    """Index score of every key for every query: I[t, s] = sum_j weights[t, j] relu(q[t, j] . k[s]) (* k_scale[s]).
+    """Index scores: I[t, s] = sum_j weights[t, j] relu(q[t, j] . k[s]), times k_scale[s] if there is one.
 
     Args:
         q: [T, Hi, Di] float32, bfloat16, float16, float8_e4m3fn or int8 (scales of q belong in `weights`).
@@ -60,13 +59,13 @@ def index_top_k(
     k_scale: A | None = None,
     backend: str = "auto",
 ) -> A:
-    """The `top_k` best keys of each query, as `top_k(index_scores(...), top_k)` gives them, without holding [T, S].
+    """The `top_k` best keys of each query: `top_k(index_scores(...), top_k)` without holding [T, S].
 
     Arguments as `index_scores`. Returns int32 [T, top_k]; raises ValueError as it does.
     """
     call = Arguments(backend)
     views = _index_arguments(call, q, k, weights, q_positions, k_scale)
-    count = _count("top_k", top_k)
+    count = integer("top_k", top_k, 1)
     if call.reference:
         scores = reference.index_scores(*_values(*views)).astype(np.float32)
         return call.give(reference.top_k(scores, count), "int32")
@@ -78,8 +77,8 @@ def index_top_k(
 def top_k(scores: A, k: int, *, lengths: Any = None, backend: str = "auto") -> A:
     """Positions of the k highest scores of each row, highest first; ties go to the lowest position.
 
-    -inf marks a masked entry: it is never selected, nor is a position at or beyond `lengths[t]`. NaN ranks below every
-    number but is selectable. Places left over hold -1.
+    -inf marks a masked entry: it is never selected, nor is a position at or beyond `lengths[t]`. NaN ranks
+    below every number but is selectable. Places left over hold -1.
 
     Args:
         scores: [T, S] float32, bfloat16 or float16.
@@ -95,7 +94,7 @@ def top_k(scores: A, k: int, *, lengths: Any = None, backend: str = "auto") -> A
     """
     call = Arguments(backend)
     view = call.take("scores", scores, FLOATS, "T, S")
-    count = _count("k", k)
+    count = integer("k", k, 1)
     limits = None if lengths is None else call.integers("lengths", lengths, "T", np.int64)
     if call.reference:
         return call.give(reference.top_k(view.float64(), count, limits), "int32")
@@ -119,8 +118,8 @@ def index_scores_paged(
     Args:
         q: [N, Hi, Di], the queries of B sequences one after another; those of a sequence are its last tokens.
         weights: [N, Hi] float32.
-        cache: [num_blocks, 64, Di] float32 or bfloat16, or uint8 [num_blocks, 64 * (Di + 4)] (also [num_blocks, 64, Di + 4]):
-            in each page 64 rows of e4m3 codes, then 64 float32 scales.
+        cache: [num_blocks, 64, Di] float32 or bfloat16, or uint8 [num_blocks, 64 * (Di + 4)] (or
+            [num_blocks, 64, Di + 4]): in each page 64 rows of e4m3 codes, then 64 float32 scales.
         block_tables: [B, M] int32; entries beyond a sequence's pages are not read.
         seq_lens: [B] int32, keys of each sequence including this step's tokens.
         query_start_loc: [B + 1] int32, first row of each sequence in q, then N.
@@ -130,16 +129,14 @@ def index_scores_paged(
         float32 [N, max(seq_lens)], -inf where a key is not visible.
 
     Raises:
-        ValueError: an argument of another shape, dtype or value, a needed block outside the cache; it is named.
+        ValueError: an argument of another shape, dtype or value, a needed block outside the
+            cache; it is named.
     """
     call = Arguments(backend)
     q_, w, pages, batch = _paged_arguments(call, q, weights, cache, block_tables, seq_lens, query_start_loc)
-    columns = max(0, int(batch[1].max(initial=0)))
-    if columns > 64 * batch[0].shape[1]:
-        columns = 0  # longer than its table: the core says so before it looks at `out`
     if call.reference:
-        return call.give(_reference_paged(q_, w, pages, batch, columns), "float32")
-    out = np.empty((call.size("N"), columns), np.float32)
+        return call.give(_reference_paged(q_, w, pages, batch), "float32")
+    out = np.empty((call.size("N"), batch[1].max(initial=0)), np.float32)
     _core.index_paged(q_.data, w.data, pages.data, *batch, False, out)
     return call.give(out, "float32")
 
@@ -165,9 +162,9 @@ def index_top_k_paged(
     """
     call = Arguments(backend)
     q_, w, pages, batch = _paged_arguments(call, q, weights, cache, block_tables, seq_lens, query_start_loc)
-    count = _count("top_k", top_k)
+    count = integer("top_k", top_k, 1)
     if call.reference:
-        scores = _reference_paged(q_, w, pages, batch, int(batch[1].max(initial=0))).astype(np.float32)
+        scores = _reference_paged(q_, w, pages, batch).astype(np.float32)
         return call.give(reference.top_k(scores, count), "int32")
     out = np.empty((call.size("N"), count), np.int32)
     _core.index_paged(q_.data, w.data, pages.data, *batch, True, out)
@@ -198,29 +195,17 @@ def _run(views: _Views, selected: bool, out: np.ndarray[Any, Any]) -> None:
 
 def _paged_arguments(
     call: Arguments, q: Any, weights: Any, cache: Any, block_tables: Any, seq_lens: Any, query_start_loc: Any
-) -> tuple[View, View, View, tuple[np.ndarray[Any, Any], ...]]:
+) -> tuple[View, View, View, Batch]:
     q_ = call.take("q", q, _NUMBERS, "N, Hi, Di")
     w = call.take("weights", weights, ("float32",), "N, Hi")
     pages = storage(call, cache, call.size("Di"), None)
-    return q_, w, pages, paged_arguments(call, block_tables, seq_lens, query_start_loc)
+    return q_, w, pages, paged_arguments(call, pages, block_tables, seq_lens, query_start_loc)
 
 
-def _reference_paged(
-    q: View, weights: View, pages: View, batch: tuple[np.ndarray[Any, Any], ...], columns: int
-) -> np.ndarray[Any, Any]:
-    out = np.full((q.shape[0], columns), -np.inf)
+def _reference_paged(q: View, weights: View, pages: View, batch: Batch) -> np.ndarray[Any, Any]:
+    out = np.full((q.shape[0], batch[1].max(initial=0)), -np.inf)
     values = pages.float64() if pages.dtype != "uint8" else pages.data
     for rows, slots in reference.sequences(*batch):
         k = reference.read_index_cache(values, slots, q.shape[2])
         out[rows, : len(slots)] = reference.index_scores(q.float64()[rows], k, weights.float64()[rows])
     return out
-
-
-def _count(name: str, value: int) -> int:
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}") from None
-    if not 1 <= count <= 2**31 - 1:
-        raise ValueError(f"{name}: expected an integer from 1 to {2**31 - 1}, got {count}")
-    return count

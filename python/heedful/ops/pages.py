@@ -1,28 +1,31 @@
-"""Pages of the caches: writing and reading rows, and the FP8 codec. A page holds 64 tokens; slot = block * 64 + offset.
+"""Pages of the caches: writing and reading rows, and the FP8 codec.
+
+A page holds 64 tokens; slot = block * 64 + offset. Rows of an FP8 latent cache hold codes, float32 scales,
+then bfloat16 rotary values; pages of an FP8 index cache hold 64 rows of codes, then 64 float32 scales.
 
 | cache | float32 or bfloat16 | FP8, uint8 |
 |---|---|---|
-| latent | [num_blocks, 64, C + R] | [num_blocks, 64, C + 4 ceil(C / 128) + 2 R]: codes, float32 scales, bfloat16 rotary values |
-| index key | [num_blocks, 64, Di] | [num_blocks, 64 * (Di + 4)] or [num_blocks, 64, Di + 4]: 64 rows of codes, then 64 scales |
+| latent | [num_blocks, 64, C + R] | [num_blocks, 64, C + 4 ceil(C / 128) + 2 R] |
+| index key | [num_blocks, 64, Di] | [num_blocks, 64 * (Di + 4)] or [num_blocks, 64, Di + 4] |
 """
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
 
 from heedful import _core
-from heedful._arrays import FLOATS, A, Arguments, View
+from heedful._arrays import FLOATS, A, Arguments, View, integer
 from heedful.ops import reference
+
+#: Block tables [B, M], sequence lengths [B] and starts of their queries [B + 1], int32.
+Batch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 _STORAGE = ("float32", "bfloat16", "uint8")
 
 
-def write_latent_cache(
-    latent: A, cache: A, slot_mapping: Any, *, value_dim: int, backend: str = "auto"
-) -> None:
+def write_latent_cache(latent: A, cache: A, slot_mapping: Any, *, value_dim: int) -> None:
     """Writes latent rows to their slots, in the cache's format.
 
     Args:
@@ -30,55 +33,51 @@ def write_latent_cache(
         cache: see the table above; written in place, so it must be C-contiguous.
         slot_mapping: [N] integers; -1 skips the row. A slot may be named once.
         value_dim: C.
-        backend: "auto" or "cpu".
 
     Raises:
-        ValueError: an argument of another shape, dtype or value, a slot outside the cache; nothing is written then.
+        ValueError: an argument of another shape, dtype or value, a slot outside the cache; then
+            nothing is written.
     """
-    call = _cpu_call(backend)
+    call = Arguments("cpu")
     rows = call.take("latent", latent, FLOATS, "N, Dk")
-    width = _between("value_dim", value_dim, 1, call.size("Dk"))
+    width = integer("value_dim", value_dim, 1, call.size("Dk"))
     pages = storage(call, cache, call.size("Dk"), width)
     _core.write_cache(
         rows.data, pages.data, call.integers("slot_mapping", slot_mapping, "N", np.int64), width
     )
 
 
-def write_index_cache(keys: A, cache: A, slot_mapping: Any, *, backend: str = "auto") -> None:
+def write_index_cache(keys: A, cache: A, slot_mapping: Any) -> None:
     """Writes index keys [N, Di] to their slots, in the cache's format; otherwise as `write_latent_cache`."""
-    call = _cpu_call(backend)
+    call = Arguments("cpu")
     rows = call.take("keys", keys, FLOATS, "N, Di")
     pages = storage(call, cache, call.size("Di"), None)
     _core.write_cache(rows.data, pages.data, call.integers("slot_mapping", slot_mapping, "N", np.int64), None)
 
 
-def read_latent_cache(cache: A, slots: Any, *, value_dim: int, rope_dim: int, backend: str = "auto") -> A:
+def read_latent_cache(cache: A, slots: Any, *, value_dim: int, rope_dim: int) -> A:
     """The latent rows in `slots` [N] as float32 [N, C + R], scales applied.
 
     Raises:
-        ValueError: a cache that does not have the widths C = `value_dim` and R = `rope_dim`, a slot outside it.
+        ValueError: a cache without the widths C = `value_dim` and R = `rope_dim`, a slot outside it.
     """
-    call = Arguments(backend)
-    width = _between("value_dim", value_dim, 1, 2**31 - 1)
-    dim = width + _between("rope_dim", rope_dim, 0, 2**31 - 1)
-    return _read(call, storage(call, cache, dim, width), slots, dim, width)
+    width = integer("value_dim", value_dim, 1)
+    return _read(cache, slots, width + integer("rope_dim", rope_dim, 0), width)
 
 
-def read_index_cache(cache: A, slots: Any, *, dim: int, backend: str = "auto") -> A:
+def read_index_cache(cache: A, slots: Any, *, dim: int) -> A:
     """The index keys in `slots` [N] as float32 [N, Di], Di = `dim`, scales applied.
 
     Raises:
         ValueError: a cache whose keys have another width, a slot outside it.
     """
-    call = Arguments(backend)
-    dim = _between("dim", dim, 1, 2**31 - 1)
-    return _read(call, storage(call, cache, dim, None), slots, dim, None)
+    return _read(cache, slots, integer("dim", dim, 1), None)
 
 
 def quantize_fp8(x: A, *, group_size: int = 128, backend: str = "auto") -> tuple[A, A]:
-    """FP8 e4m3fn codes and scales of the last dimension: scale = max(amax, 1e-4) / 448 of a group, codes = x / scale.
+    """FP8 e4m3fn codes of groups of the last dimension: scale = max(amax, 1e-4) / 448, codes = x / scale.
 
-    Rounds to nearest even. amax is taken over the finite values: an infinite value saturates, a NaN stays NaN.
+    Rounds to nearest even. amax is taken over the finite values: infinities saturate, NaN stays NaN.
 
     Args:
         x: [..., D] float32, bfloat16 or float16.
@@ -93,7 +92,7 @@ def quantize_fp8(x: A, *, group_size: int = 128, backend: str = "auto") -> tuple
     """
     call = Arguments(backend)
     view = call.take("x", x, FLOATS, "...")
-    group = _between("group_size", group_size, 1, 2**31 - 1)
+    group = integer("group_size", group_size, 1)
     if view.data.ndim == 0:
         raise ValueError("x: expected at least one dimension, got a scalar")
     *lead, D = view.shape
@@ -106,7 +105,9 @@ def quantize_fp8(x: A, *, group_size: int = 128, backend: str = "auto") -> tuple
 
 
 def dequantize_fp8(codes: A, scales: A, *, group_size: int = 128, backend: str = "auto") -> A:
-    """Codes (uint8 or float8_e4m3fn [..., D]) times their scales (float32 [..., ceil(D / group_size)]), as float32.
+    """Codes (uint8 or float8_e4m3fn [..., D]) times their scales (float32 [..., ceil(D / group_size)]).
+
+    Returns float32 [..., D].
 
     Raises:
         ValueError: an argument of another shape or dtype.
@@ -114,7 +115,7 @@ def dequantize_fp8(codes: A, scales: A, *, group_size: int = 128, backend: str =
     call = Arguments(backend)
     code = call.take("codes", codes, ("uint8", "float8_e4m3fn"), "...")
     scale = call.take("scales", scales, ("float32",), "...")
-    group = _between("group_size", group_size, 1, 2**31 - 1)
+    group = integer("group_size", group_size, 1)
     *lead, D = code.shape or (0,)
     if not code.shape or scale.shape != (*lead, -(-D // group)):
         expected = [*lead, -(-D // group)]
@@ -129,7 +130,7 @@ def dequantize_fp8(codes: A, scales: A, *, group_size: int = 128, backend: str =
 
 
 def storage(call: Arguments, cache: Any, dim: int, value_dim: int | None) -> View:
-    """Views a cache in place: latent rows of `dim` numbers when there is a `value_dim`, index keys otherwise."""
+    """Views a cache in place: latent rows of `dim` numbers if there is a `value_dim`, else index keys."""
     fp8 = str(getattr(cache, "dtype", "")).removeprefix("torch.") == "uint8"
     if not fp8:
         return call.take("cache", cache, _STORAGE, f"num_blocks, 64, {dim}", in_place=True)
@@ -142,42 +143,24 @@ def storage(call: Arguments, cache: Any, dim: int, value_dim: int | None) -> Vie
 
 
 def paged_arguments(
-    call: Arguments, block_tables: Any, seq_lens: Any, query_start_loc: Any
-) -> tuple[np.ndarray[Any, Any], ...]:
-    """Block tables [B, M], lengths [B] and starts [B + 1] as int32."""
+    call: Arguments, pages: View, block_tables: Any, seq_lens: Any, query_start_loc: Any
+) -> Batch:
+    """Views a ragged batch and checks it against the N queries and the pages.
+
+    Raises ValueError for lengths that contradict each other and for a needed block outside the cache.
+    """
     tables = call.integers("block_tables", block_tables, "B, M", np.int32)
     lens = call.integers("seq_lens", seq_lens, "B", np.int32)
     call.sizes["B+1"] = call.size("B") + 1
-    return tables, lens, call.integers("query_start_loc", query_start_loc, "B+1", np.int32)
+    starts = call.integers("query_start_loc", query_start_loc, "B+1", np.int32)
+    _core.check_batch(call.size("N"), len(pages.data), tables, lens, starts)
+    return tables, lens, starts
 
 
-def _cpu_call(backend: str) -> Arguments:
-    if backend == "reference":
-        raise ValueError(
-            "backend: expected auto or cpu, got 'reference' (a write has no second implementation)"
-        )
-    return Arguments(backend)
-
-
-def _read(call: Arguments, pages: View, slots: Any, dim: int, value_dim: int | None) -> Any:
+def _read(cache: Any, slots: Any, dim: int, value_dim: int | None) -> Any:
+    call = Arguments("cpu")
+    pages = storage(call, cache, dim, value_dim)
     where = call.integers("slots", slots, "N", np.int64)
-    if call.reference:
-        numbers = pages.float64() if pages.dtype != "uint8" else pages.data
-        if value_dim is None:
-            rows = reference.read_index_cache(numbers, where, dim)
-        else:
-            rows = reference.read_latent_cache(numbers, where, dim, value_dim)
-        return call.give(rows, "float32")
     out = np.empty((len(where), dim), np.float32)
     _core.read_cache(pages.data, where, value_dim, out)
     return call.give(out, "float32")
-
-
-def _between(name: str, value: Any, low: int, high: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name}: expected an integer from {low} to {high}, got {value!r}") from None
-    if not low <= number <= high:
-        raise ValueError(f"{name}: expected an integer from {low} to {high}, got {number}")
-    return number

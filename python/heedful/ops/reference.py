@@ -1,7 +1,8 @@
-"""The operators in float64 NumPy, as short as their formulas: read this file first, compare everything else with it.
+"""The operators in float64 NumPy, as short as their formulas: read this file first.
 
-T queries, S keys, H heads, Hi index heads, Di index head dim, C + R = Dk latent width, K chosen keys; see the operators
-themselves (`heedful.ops`) for shapes and dtypes. Indexer and attention: DeepSeek-V3.2-Exp report. e4m3fn: Micikevicius et al. 2022.
+T queries, S keys, H heads, Hi index heads, Di index head dim, C + R = Dk latent width, K chosen keys; see the
+operators themselves (`heedful.ops`) for shapes and dtypes. Indexer and attention: DeepSeek-V3.2-Exp report.
+e4m3fn: Micikevicius et al. 2022.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def index_scores(
 
 
 def top_k(scores: Array, k: int, lengths: Array | None = None) -> Array:
-    """Positions of the k best: highest first, ties lowest first, NaN after every number, -inf never; then -1."""
+    """Positions of the k best: highest first, on ties the lowest; NaN comes last, -inf never; then -1."""
     out = np.full((len(scores), k), -1, np.int32)
     for t, row in enumerate(np.asarray(scores, np.float64)):
         row = row[: None if lengths is None else lengths[t]]
@@ -111,7 +112,7 @@ def hadamard(x: Array) -> Array:
 
 
 def e4m3_values() -> Array:
-    """The values of the 256 codes of e4m3fn: sign, 4 exponent bits of bias 7, 3 mantissa bits; 0x7f is NaN."""
+    """The values of the 256 codes of e4m3fn: sign, 4 exponent bits (bias 7), 3 mantissa bits; 0x7f is NaN."""
     code = np.arange(256)
     exponent, mantissa = (code >> 3) & 15, code & 7
     value = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10))
@@ -131,7 +132,9 @@ def e4m3_codes(x: Array) -> Array:
 
 
 def quantize_fp8(x: Array, group_size: int = GROUP) -> tuple[Array, Array]:
-    """codes = x / scale, scale = max(amax, 1e-4) / 448 of each group of the last dimension, in float32 arithmetic."""
+    """codes = x / scale, scale = max(amax, 1e-4) / 448 of each group of the last dimension, in float32
+    arithmetic.
+    """
     x = np.asarray(x, np.float32)
     starts = range(0, x.shape[-1], group_size)
     codes, scales = np.zeros(x.shape, np.uint8), np.zeros((*x.shape[:-1], len(starts)), np.float32)
@@ -149,7 +152,7 @@ def dequantize_fp8(codes: Array, scales: Array, group_size: int = GROUP) -> Arra
     return e4m3_values()[codes] * np.repeat(scales, group_size, axis=-1)[..., : codes.shape[-1]]
 
 
-def read_latent_cache(cache: Array, slots: Array, dim: int, value_dim: int) -> Array:
+def read_latent_cache(cache: Array, slots: Array, value_dim: int) -> Array:
     """Rows of a latent cache: plain numbers, or bytes of codes, scales and bfloat16 rotary values."""
     rows = cache.reshape(-1, cache.shape[-1])[slots]
     if cache.dtype != np.uint8:
@@ -157,9 +160,7 @@ def read_latent_cache(cache: Array, slots: Array, dim: int, value_dim: int) -> A
     scales_end = value_dim + 4 * -(-value_dim // GROUP)
     scales = np.ascontiguousarray(rows[:, value_dim:scales_end]).view("<f4")
     rope = np.ascontiguousarray(rows[:, scales_end:]).view("<u2").astype(np.uint32) << 16
-    return np.concatenate([dequantize_fp8(rows[:, :value_dim], scales), rope.view(np.float32)], axis=1)[
-        :, :dim
-    ]
+    return np.concatenate([dequantize_fp8(rows[:, :value_dim], scales), rope.view(np.float32)], axis=1)
 
 
 def read_index_cache(cache: Array, slots: Array, dim: int) -> Array:

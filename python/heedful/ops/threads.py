@@ -10,7 +10,8 @@ from heedful import _core
 def set_num_threads(n: int) -> None:
     """Sizes the pool (1 to 1024 threads). The default is HEEDFUL_NUM_THREADS, else what the machine offers.
 
-    No result depends on it. Raises ValueError for another number, RuntimeError when the system refuses the threads.
+    No result depends on it. Raises ValueError for another number, RuntimeError when the system refuses the
+    threads.
     """
     try:
         count = operator.index(n)

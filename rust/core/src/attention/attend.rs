@@ -156,7 +156,7 @@ impl<'a> Attention<'a> {
     /// A ragged batch whose latent rows lie in a cache: each is a key, and its first C numbers are the value.
     ///
     /// # Errors
-    /// Shapes that do not fit, see [`PagedBatch::sequences`].
+    /// Shapes that do not fit, see [`PagedBatch::check`].
     pub fn paged(
         level: Level,
         queries: AttentionQueries<'a>,

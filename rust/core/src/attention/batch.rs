@@ -45,12 +45,28 @@ pub struct PagedBatch<'a> {
 }
 
 impl<'a> PagedBatch<'a> {
-    /// Checks the batch against `queries` = N rows and `cache`, and splits it into sequences.
+    /// Checks the batch against `queries` = N rows and a cache of `blocks` pages.
     ///
     /// # Errors
     /// Lengths that do not fit each other, a sequence longer than its table or shorter than its queries, a block that is
     /// needed but outside the cache.
-    pub fn sequences(&self, queries: usize, cache: Cache<'a>) -> Result<Vec<Sequence<PagedKeys<'a>>>> {
+    pub fn check(&self, queries: usize, blocks: usize) -> Result<()> {
+        self.spans(queries, blocks).map(drop)
+    }
+
+    /// The sequences of a batch whose keys lie in `cache`.
+    pub(crate) fn sequences(&self, queries: usize, cache: Cache<'a>) -> Result<Vec<Sequence<PagedKeys<'a>>>> {
+        let spans = self.spans(queries, cache.blocks())?;
+        let with_cache = |s: Sequence<&'a [i32]>| Sequence {
+            queries: s.queries,
+            keys: PagedKeys { cache, table: s.keys },
+            len: s.len,
+        };
+        Ok(spans.into_iter().map(with_cache).collect())
+    }
+
+    /// Each sequence with its block table, cut to the pages it fills.
+    fn spans(&self, queries: usize, blocks: usize) -> Result<Vec<Sequence<&'a [i32]>>> {
         let (lens, starts) = (self.seq_lens, self.query_start_loc);
         let batch = lens.len();
         ensure(
@@ -67,12 +83,12 @@ impl<'a> PagedBatch<'a> {
             || format!("rising values from 0 to {queries} (rows of q)"),
             || abbreviate(starts),
         )?;
-        let columns = if batch == 0 { 0 } else { self.block_tables.len() / batch };
+        let columns = self.block_tables.len().checked_div(batch).unwrap_or(0);
         ensure_volume("block_tables", &[batch, columns], self.block_tables.len())?;
-        (0..batch).map(|b| self.sequence(b, columns, cache)).collect()
+        (0..batch).map(|b| self.span(b, columns, blocks)).collect()
     }
 
-    fn sequence(&self, b: usize, columns: usize, cache: Cache<'a>) -> Result<Sequence<PagedKeys<'a>>> {
+    fn span(&self, b: usize, columns: usize, blocks: usize) -> Result<Sequence<&'a [i32]>> {
         let queries = self.query_start_loc[b] as usize..self.query_start_loc[b + 1] as usize;
         let (least, most) = (queries.len(), columns.saturating_mul(PAGE_TOKENS));
         let len = self.seq_lens[b];
@@ -85,15 +101,15 @@ impl<'a> PagedBatch<'a> {
         })?;
         let table = &self.block_tables[b * columns..][..len.div_ceil(PAGE_TOKENS)];
         for (i, &block) in table.iter().enumerate() {
-            let inside = usize::try_from(block).is_ok_and(|block| block < cache.blocks());
+            let inside = usize::try_from(block).is_ok_and(|block| block < blocks);
             ensure(
                 inside,
                 "block_tables",
-                || format!("a block from 0 to {} - 1 in entry {i} of sequence {b}", cache.blocks()),
+                || format!("a block from 0 to {blocks} - 1 in entry {i} of sequence {b}"),
                 || block.to_string(),
             )?;
         }
-        Ok(Sequence { queries, keys: PagedKeys { cache, table }, len })
+        Ok(Sequence { queries, keys: table, len })
     }
 }
 

@@ -3,6 +3,8 @@
 //! Each element of C is one chain of fused multiply-adds in ascending order of the inner index, whatever the blocking, so
 //! a row's bits do not depend on how many other rows or columns were computed with it.
 
+#![allow(clippy::needless_range_loop)] // r and v name registers; iterators over arrays of arrays hide that
+
 use crate::simd::{Kernel, Level, PAD, Simd, dispatch};
 
 /// Inner indices of one pass: a panel of B (this many rows of two vectors) stays in the first-level cache.

@@ -3,6 +3,8 @@
 //! Queries are packed once, heads in the lanes; keys are then read row by row as they lie in memory, and relu, the head
 //! weights and the sum over heads happen in registers, so no logit of a single head is ever stored.
 
+#![allow(clippy::needless_range_loop)] // r and v name registers; iterators over arrays of arrays hide that
+
 use rayon::prelude::*;
 
 use super::batch::{
@@ -114,7 +116,7 @@ impl<'a> Indexer<'a> {
     /// A ragged batch whose keys lie in an index cache.
     ///
     /// # Errors
-    /// Shapes that do not fit, see [`PagedBatch::sequences`].
+    /// Shapes that do not fit, see [`PagedBatch::check`].
     pub fn paged(
         level: Level,
         queries: IndexQueries<'a>,

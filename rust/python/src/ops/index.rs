@@ -84,6 +84,25 @@ fn index(
     wanted.fill(py, &indexer)
 }
 
+/// Checks a ragged batch against the rows of q and the blocks of a cache.
+#[pyfunction]
+fn check_batch(
+    queries: usize,
+    blocks: usize,
+    block_tables: &Bound<'_, PyAny>,
+    seq_lens: &Bound<'_, PyAny>,
+    query_start_loc: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let tables = Read::new("block_tables", block_tables)?;
+    let (lens, starts) = (Read::new("seq_lens", seq_lens)?, Read::new("query_start_loc", query_start_loc)?);
+    let batch = PagedBatch {
+        block_tables: tables.slice()?,
+        seq_lens: lens.slice()?,
+        query_start_loc: starts.slice()?,
+    };
+    batch.check(queries, blocks).map_err(argument)
+}
+
 /// As `index`, over a paged cache.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
@@ -116,6 +135,7 @@ fn index_paged(
 
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(top_k, module)?)?;
+    module.add_function(wrap_pyfunction!(check_batch, module)?)?;
     module.add_function(wrap_pyfunction!(index, module)?)?;
     module.add_function(wrap_pyfunction!(index_paged, module)?)
 }
