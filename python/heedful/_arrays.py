@@ -97,7 +97,10 @@ class Arguments:
     ) -> np.ndarray[Any, Any]:
         """As `take`, for int32 or int64 (or a sequence of ints): converted to `dtype` if every value fits."""
         if isinstance(value, (list, tuple, range)):
-            value = np.array(value, dtype=np.int64) if len(value) else np.zeros(0, np.int64)
+            try:
+                value = np.asarray(value) if len(value) else np.zeros(0, np.int64)
+            except ValueError:
+                raise ValueError(f"{name}: expected integers [{shape}], got a ragged sequence") from None
         data = self.take(name, value, ("int32", "int64"), shape).data
         if data.dtype == dtype:
             return data
