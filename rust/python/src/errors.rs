@@ -1,1 +1,32 @@
 //! The one place where errors of the core become Python exceptions.
+
+use heedful_core::argument::ArgumentError;
+use heedful_core::scheduler::SchedulerError;
+use heedful_core::threads::ThreadsError;
+use pyo3::PyErr;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
+
+/// A wrong argument or setting: ValueError with the core's text, which names it.
+pub fn argument(error: ArgumentError) -> PyErr {
+    PyValueError::new_err(error.to_string())
+}
+
+/// A call at the wrong time, a full queue or a broken invariant: RuntimeError; a wrong argument: ValueError.
+pub fn scheduler(error: SchedulerError) -> PyErr {
+    let text = error.to_string();
+    match error {
+        SchedulerError::QueueFull(_)
+        | SchedulerError::StepInFlight
+        | SchedulerError::NoStep
+        | SchedulerError::Invariant(_) => PyRuntimeError::new_err(text),
+        _ => PyValueError::new_err(text),
+    }
+}
+
+/// No thread pool: ValueError for a bad count, RuntimeError when the system refuses.
+pub fn threads(error: ThreadsError) -> PyErr {
+    match error {
+        ThreadsError::Count { .. } => PyValueError::new_err(error.to_string()),
+        ThreadsError::Start { .. } => PyRuntimeError::new_err(error.to_string()),
+    }
+}

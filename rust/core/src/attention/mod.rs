@@ -1,1 +1,14 @@
 //! Indexer scoring, sparse attention and dense attention on the CPU.
+//!
+//! `batch` says which keys each query sees (contiguous or paged, one sequence or a ragged batch); `index` scores and selects
+//! keys; `attend` is the softmax attention over selected or over all visible keys; `gemm` and `softmax` are their kernels.
+//! No result depends on the number of threads, nor a row's result on the other rows: work is cut at fixed key counts.
+
+pub mod attend;
+pub mod batch;
+mod gemm;
+pub mod hadamard;
+pub mod index;
+mod softmax;
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,19 @@
 //! Continuous batching: which tokens of which requests run in the next step, and where their cache rows go.
+//!
+//! There is no prefill phase and no decode phase. A request has tokens (prompt and output so far) and a count of those whose cache
+//! rows are computed; a step computes some of the rest. When the last of them is computed, its logits are sampled, which adds one more.
+
+mod config;
+mod error;
+mod request;
+mod scheduler;
+mod step;
+
+pub use config::{Policy, SchedulerConfig};
+pub use error::SchedulerError;
+pub use request::{FinishReason, NewRequest};
+pub use scheduler::{Scheduler, Stats};
+pub use step::Step;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,176 @@
+"""Arrays at the border: NumPy arrays and CPU torch tensors, checked once and viewed as what the core takes.
+
+torch is never imported: a tensor is recognised by its class, and is viewed through its own methods. NumPy has
+no bfloat16 and no FP8 of its own, so those cross as uint16 and uint8 views of the same memory (`ml_dtypes`
+arrays are recognised by name).
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+#: A NumPy array or a torch tensor; what comes in decides what goes out.
+A = TypeVar("A", "np.ndarray[Any, Any]", "torch.Tensor")
+
+BACKENDS = ("auto", "cpu", "triton", "reference")
+FLOATS = ("float32", "bfloat16", "float16")
+#: dtypes that NumPy lacks, with the one of the same width they are viewed as.
+_VIEWS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
+
+
+@dataclass(frozen=True)
+class View:
+    """One checked argument: `data` is the caller's own memory, C-contiguous (or else a contiguous copy)."""
+
+    data: np.ndarray[Any, Any]
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    def float64(self) -> np.ndarray[Any, Any]:
+        """The values, for the references."""
+        if self.dtype == "bfloat16":
+            return (self.data.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        if self.dtype == "float8_e4m3fn":
+            from heedful.ops import reference
+
+            return reference.e4m3_values()[self.data]
+        return self.data.astype(np.float64)
+
+
+class Arguments:
+    """The arguments of one call: views them, binds dimension letters to sizes, gives results back in kind."""
+
+    def __init__(self, backend: str) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+        if backend == "triton":
+            raise RuntimeError(
+                "backend: 'triton' needs CUDA tensors and GPU kernels, which this version does not have"
+            )
+        self.backend = backend
+        self.reference = backend == "reference"
+        self.sizes: dict[str, int] = {}
+        self._tensors = False
+
+    def take(
+        self, name: str, value: Any, dtypes: tuple[str, ...], shape: str, *, in_place: bool = False
+    ) -> View:
+        """Views `value`, whose dimensions are the letters of `shape` ("T, Hi, Di"; "..." for any).
+
+        Raises ValueError for another type, dtype, rank or size; with `in_place`, also for strides that would
+        need a copy.
+        """
+        array, dtype = self._view(name, value)
+        dims = shape.split(", ") if shape else []
+        fits = dtype in dtypes and array.dtype.isnative and (shape == "..." or len(dims) == array.ndim)
+        if fits and shape != "...":
+            fits = all(
+                self.sizes.get(d, n) == n and (not d.isdigit() or int(d) == n)
+                for d, n in zip(dims, array.shape, strict=True)
+            )
+        if not fits:
+            letters = ", ".join(f"{d}={self.sizes[d]}" if d in self.sizes else d for d in dims) or shape
+            expected = f"{' or '.join(dtypes)} [{letters}]"
+            raise ValueError(f"{name}: expected {expected}, got {dtype} {list(array.shape)}")
+        if shape != "...":
+            self.sizes.update((d, n) for d, n in zip(dims, array.shape, strict=True) if not d.isdigit())
+        usable = array.flags.c_contiguous and array.flags.aligned
+        if in_place and not usable:
+            raise ValueError(
+                f"{name}: expected a C-contiguous array (it is used in place), got strides {array.strides}"
+            )
+        return View(array if usable else np.require(array, requirements=("C", "A")), dtype)
+
+    def integers(
+        self, name: str, value: Any, shape: str, dtype: type[np.integer[Any]]
+    ) -> np.ndarray[Any, Any]:
+        """As `take`, for int32 or int64 (or a sequence of ints): converted to `dtype` if every value fits."""
+        if isinstance(value, (list, tuple, range)):
+            try:
+                value = np.asarray(value) if len(value) else np.zeros(0, np.int64)
+            except ValueError:
+                raise ValueError(f"{name}: expected integers [{shape}], got a ragged sequence") from None
+        data = self.take(name, value, ("int32", "int64"), shape).data
+        if data.dtype == dtype:
+            return data
+        bounds = np.iinfo(dtype)
+        if data.size and (data.min() < bounds.min or data.max() > bounds.max):
+            raise ValueError(
+                f"{name}: expected values that fit {np.dtype(dtype).name}, got {data.min()} to {data.max()}"
+            )
+        return data.astype(dtype)
+
+    def size(self, letter: str) -> int:
+        """The size a dimension letter was bound to."""
+        return self.sizes[letter]
+
+    def give(self, result: np.ndarray[Any, Any], dtype: str) -> Any:
+        """`result` as the caller's kind of array, without a copy if it already is of `dtype` or its view."""
+        storage = np.dtype(_VIEWS.get(dtype, dtype))
+        if result.dtype != storage:
+            result = _round_to_bfloat16(result) if dtype == "bfloat16" else result.astype(storage)
+        if self._tensors:
+            torch = sys.modules["torch"]
+            tensor = torch.from_numpy(result)
+            return tensor.view(getattr(torch, dtype)) if dtype in _VIEWS else tensor
+        if dtype in _VIEWS:
+            import ml_dtypes  # the caller's array came from it
+
+            return result.view(getattr(ml_dtypes, dtype))
+        return result
+
+    def _view(self, name: str, value: Any) -> tuple[np.ndarray[Any, Any], str]:
+        if isinstance(value, np.ndarray):
+            dtype = value.dtype.name
+            return (value.view(_VIEWS[dtype]) if dtype in _VIEWS else value), dtype
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name}: expected a NumPy array or a torch tensor, got {type(value).__name__}")
+        if value.device.type != "cpu":
+            if self.backend == "auto":
+                raise RuntimeError(f"{name}: is on {value.device}, but this version has no GPU kernels")
+            raise ValueError(
+                f"{name}: expected a CPU tensor for backend={self.backend!r}, got one on {value.device}"
+            )
+        if value.layout is not torch.strided:
+            raise ValueError(f"{name}: expected a strided tensor, got layout {value.layout}")
+        if value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: requires grad, but this operator has no backward; call it under torch.no_grad()"
+            )
+        self._tensors = True
+        dtype = str(value.dtype).removeprefix("torch.")
+        value = value.detach()
+        if dtype in _VIEWS:
+            # A dtype view keeps memory and strides; NumPy could not name the dtype itself.
+            value = value.view(getattr(torch, _VIEWS[dtype]))
+        return value.numpy(), dtype
+
+
+def integer(name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
+    """`value` as an int; ValueError unless it is an integer from `low` to `high`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected an integer from {low} to {high}, got {value!r}") from None
+    if not low <= number <= high:
+        raise ValueError(f"{name}: expected an integer from {low} to {high}, got {number}")
+    return number
+
+
+def _round_to_bfloat16(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """uint16 bits of the nearest bfloat16, ties to even; NaN stays NaN."""
+    bits = values.astype(np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)

@@ -1,0 +1,72 @@
+//! What can be wrong with a call to the scheduler. A failed call changes nothing.
+
+use thiserror::Error;
+
+/// Why a call was refused.
+#[derive(Clone, Debug, Error, PartialEq)]
+pub enum SchedulerError {
+    /// A limit is out of range.
+    #[error("{name}: expected {expected}, got {got}")]
+    Config {
+        /// The limit.
+        name: &'static str,
+        /// What it must be.
+        expected: String,
+        /// What it was.
+        got: String,
+    },
+    /// A prompt without tokens.
+    #[error("token_ids: expected at least one token, got an empty prompt")]
+    EmptyPrompt,
+    /// A token id that no int32 holds.
+    #[error("token_ids: expected ids from 0 to 2147483647, got {0}")]
+    TokenId(u32),
+    /// No token may be generated.
+    #[error("max_tokens: expected at least 1, got 0")]
+    NoTokensWanted,
+    /// The prompt leaves no room to generate.
+    #[error("token_ids: expected fewer than {limit} tokens (max_model_len), got {len}")]
+    LongerThanModel {
+        /// Tokens in the prompt.
+        len: usize,
+        /// The configured longest sequence.
+        limit: usize,
+    },
+    /// The prompt does not fit in the whole pool.
+    #[error("token_ids: expected at most {capacity} tokens (num_blocks * block_size), got {len}")]
+    LargerThanPool {
+        /// Tokens in the prompt.
+        len: usize,
+        /// Slots of the pool.
+        capacity: usize,
+    },
+    /// Another request has this name.
+    #[error("request_id: {0:?} is in use")]
+    DuplicateId(String),
+    /// No request has this name.
+    #[error("request_id: there is no request {0:?}")]
+    UnknownId(String),
+    /// The waiting queue is at its limit.
+    #[error("the waiting queue is full: {0} requests wait (max_waiting)")]
+    QueueFull(usize),
+    /// `schedule` was called before the last step's `update`.
+    #[error("schedule: the last step has not been updated; call update with its sampled ids first")]
+    StepInFlight,
+    /// `update` was called without a step.
+    #[error("update: there is no step to update; call schedule first")]
+    NoStep,
+    /// `update` got another number of ids than the step has sample rows.
+    #[error("sampled_ids: expected {expected} ids, one a sample row, got {got}")]
+    SampleCount {
+        /// Sample rows of the step.
+        expected: usize,
+        /// Ids given.
+        got: usize,
+    },
+    /// A sampled id is negative.
+    #[error("sampled_ids: expected ids of at least 0, got {0}")]
+    SampledId(i32),
+    /// The scheduler's own state is broken.
+    #[error("invariant broken: {0}")]
+    Invariant(String),
+}
