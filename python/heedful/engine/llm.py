@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from heedful import SchedulerConfig, Tokenizer
 from heedful.config import ModelConfig
-from heedful.engine.caches import BLOCK_SIZE, KVCacheDtype, KVCaches, bytes_per_token
+from heedful.engine.cache_layout import BLOCK_SIZE, KVCacheDtype, bytes_per_token
+from heedful.engine.caches import KVCaches
 from heedful.engine.engine import LLMEngine
 from heedful.engine.outputs import RequestOutput
 from heedful.engine.paged_attention import AttentionMode

@@ -1,0 +1,64 @@
+"""How wide a cached token is: rows of the latent cache and of the index-key cache, by cache dtype.
+
+Arithmetic alone, without torch, so that `heedful inspect` can plan memory anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from heedful.config import ModelConfig
+
+BLOCK_SIZE = 64
+"""Tokens in a block."""
+
+KVCacheDtype = Literal["float32", "bfloat16", "fp8"]
+KV_CACHE_DTYPES: tuple[KVCacheDtype, ...] = ("float32", "bfloat16", "fp8")
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Shapes of a block's rows.
+
+    Args:
+        kv_cache_dtype: "float32", "bfloat16" or "fp8" (e4m3 with a scale for each 128 values, rotated part in bf16).
+        kv_lora_rank: C.
+        qk_rope_head_dim: R.
+        index_head_dim: Di.
+    """
+
+    kv_cache_dtype: KVCacheDtype
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    index_head_dim: int
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the cache tensors."""
+        return {"float32": 4, "bfloat16": 2, "fp8": 1}[self.kv_cache_dtype]
+
+    @property
+    def latent_width(self) -> int:
+        """Elements of a latent row: bytes for fp8 (656 for C = 512, R = 64)."""
+        if self.kv_cache_dtype == "fp8":
+            return self.kv_lora_rank + 4 * -(-self.kv_lora_rank // 128) + 2 * self.qk_rope_head_dim
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def index_width(self) -> int:
+        """Elements of an index key: bytes for fp8 (132 for Di = 128)."""
+        return self.index_head_dim + 4 if self.kv_cache_dtype == "fp8" else self.index_head_dim
+
+
+def cache_layout(config: ModelConfig, kv_cache_dtype: KVCacheDtype) -> CacheLayout:
+    """The layout of a model's cache rows."""
+    return CacheLayout(kv_cache_dtype, config.kv_lora_rank, config.qk_rope_head_dim, config.index_head_dim)
+
+
+def bytes_per_token(config: ModelConfig, kv_cache_dtype: KVCacheDtype) -> int:
+    """Bytes one token takes over both caches and all layers."""
+    layout = cache_layout(config, kv_cache_dtype)
+    width = layout.latent_width * config.num_hidden_layers
+    width += layout.index_width * config.indexer_types.count("full")
+    return width * layout.itemsize
