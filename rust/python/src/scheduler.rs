@@ -6,6 +6,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::arguments::{described, ids};
 use crate::errors;
 
 /// Limits of a scheduler.
@@ -47,7 +48,11 @@ impl SchedulerConfig {
         let policy = match policy {
             "fcfs" => core::Policy::Fcfs,
             "priority" => core::Policy::Priority,
-            _ => return Err(PyValueError::new_err(format!("policy: expected fcfs or priority, got {policy:?}"))),
+            _ => {
+                return Err(PyValueError::new_err(format!(
+                    "policy: expected fcfs or priority, got {policy:?}"
+                )));
+            }
         };
         let limits = core::SchedulerConfig {
             num_blocks: count("num_blocks", num_blocks)?,
@@ -212,12 +217,12 @@ impl Scheduler {
     ///     ValueError: another number of ids than sample rows, or a negative id. Nothing is changed then.
     ///     TypeError: not a contiguous int32 array.
     fn update(&mut self, sampled_ids: &Bound<'_, PyAny>) -> PyResult<Vec<(String, &'static str)>> {
-        let sampled: PyReadonlyArray1<'_, i32> = sampled_ids
-            .extract()
-            .map_err(|_| PyTypeError::new_err(format!("sampled_ids: expected int32 [n], got {}", described(sampled_ids))))?;
-        let sampled = sampled
-            .as_slice()
-            .map_err(|_| PyTypeError::new_err("sampled_ids: expected a contiguous array, got a strided one"))?;
+        let sampled: PyReadonlyArray1<'_, i32> = sampled_ids.extract().map_err(|_| {
+            PyTypeError::new_err(format!("sampled_ids: expected int32 [n], got {}", described(sampled_ids)))
+        })?;
+        let sampled = sampled.as_slice().map_err(|_| {
+            PyTypeError::new_err("sampled_ids: expected a contiguous array, got a strided one")
+        })?;
         let finished = self.inner.update(sampled).map_err(errors::scheduler)?;
         Ok(finished.into_iter().map(|(id, reason)| (id, reason.as_str())).collect())
     }
@@ -258,7 +263,11 @@ impl Scheduler {
     ///
     /// Raises:
     ///     ValueError: there is no request of this name.
-    fn output_token_ids<'py>(&self, py: Python<'py>, request_id: &str) -> PyResult<Bound<'py, PyArray1<i32>>> {
+    fn output_token_ids<'py>(
+        &self,
+        py: Python<'py>,
+        request_id: &str,
+    ) -> PyResult<Bound<'py, PyArray1<i32>>> {
         Ok(signed(self.inner.output_token_ids(request_id).map_err(errors::scheduler)?).into_pyarray(py))
     }
 
@@ -377,49 +386,8 @@ fn count(name: &str, value: i64) -> PyResult<usize> {
         .map_err(|_| PyValueError::new_err(format!("{name}: expected an integer of at least 0, got {value}")))
 }
 
-/// Token ids from an integer array or a sequence of ints.
-fn ids(name: &str, values: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
-    fn narrow<T: Copy + TryInto<u32> + std::fmt::Display>(name: &str, values: &[T]) -> PyResult<Vec<u32>> {
-        let id = |&value: &T| {
-            value.try_into().map_err(|_| {
-                PyValueError::new_err(format!("{name}: expected ids from 0 to 2147483647, got {value}"))
-            })
-        };
-        values.iter().map(id).collect()
-    }
-    fn array<T: Copy + Element + TryInto<u32> + std::fmt::Display>(
-        name: &str,
-        values: &Bound<'_, PyAny>,
-    ) -> Option<PyResult<Vec<u32>>> {
-        let values: PyReadonlyArray1<'_, T> = values.extract().ok()?;
-        Some(match values.as_slice() {
-            Ok(values) => narrow(name, values),
-            Err(_) => narrow(name, &values.to_vec().unwrap_or_default()),
-        })
-    }
-    if let Some(ids) = array::<u32>(name, values)
-        .or_else(|| array::<i32>(name, values))
-        .or_else(|| array::<i64>(name, values))
-    {
-        return ids;
-    }
-    let values: Vec<i64> = values.extract().map_err(|_| {
-        PyTypeError::new_err(format!("{name}: expected a list of ints or an integer array, got {}", described(values)))
-    })?;
-    narrow(name, &values)
-}
-
 fn signed(ids: &[u32]) -> Vec<i32> {
     ids.iter().map(|&id| id as i32).collect()
-}
-
-/// A value's type, with dtype and shape where it has them.
-fn described(value: &Bound<'_, PyAny>) -> String {
-    let name = value.get_type().name().map_or_else(|_| "an object".into(), |name| name.to_string());
-    match (value.getattr("dtype"), value.getattr("shape")) {
-        (Ok(dtype), Ok(shape)) => format!("{name} of {dtype} {shape}"),
-        _ => name,
-    }
 }
 
 /// Adds this file's names to `heedful._core`.

@@ -74,9 +74,11 @@ impl BlockPool {
     /// Checks that every block is free or in exactly one of these tables.
     pub fn check<'a>(&self, tables: impl Iterator<Item = &'a BlockTable>) -> Result<(), String> {
         let mut owner = vec![None; self.total];
-        let owned = tables.enumerate().flat_map(|(at, table)| table.blocks.iter().map(move |&block| (block, at + 1)));
+        let owned =
+            tables.enumerate().flat_map(|(at, table)| table.blocks.iter().map(move |&block| (block, at + 1)));
         for (block, name) in self.free.iter().map(|&block| (block, 0)).chain(owned) {
-            let slot = owner.get_mut(block as usize).ok_or_else(|| format!("block {block} does not exist"))?;
+            let slot =
+                owner.get_mut(block as usize).ok_or_else(|| format!("block {block} does not exist"))?;
             if slot.replace(name).is_some() {
                 return Err(format!("block {block} is owned twice"));
             }

@@ -67,7 +67,11 @@ impl SchedulerConfig {
         }
         if !(0.0..1.0).contains(&self.watermark) {
             let expected = "a number from 0 to below 1".to_string();
-            return Err(SchedulerError::Config { name: "watermark", expected, got: self.watermark.to_string() });
+            return Err(SchedulerError::Config {
+                name: "watermark",
+                expected,
+                got: self.watermark.to_string(),
+            });
         }
         Ok(())
     }

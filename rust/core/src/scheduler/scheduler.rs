@@ -359,7 +359,8 @@ impl Scheduler {
     }
 
     fn find_broken(&self) -> Result<(), String> {
-        let live = || self.requests.iter().enumerate().filter_map(|(key, slot)| slot.as_ref().map(|r| (key, r)));
+        let live =
+            || self.requests.iter().enumerate().filter_map(|(key, slot)| slot.as_ref().map(|r| (key, r)));
         self.pool.check(live().map(|(_, request)| &request.table))?;
         let flights: HashMap<usize, usize> =
             self.in_flight.iter().flatten().map(|plan| (plan.key, plan.tokens)).collect();
@@ -378,9 +379,21 @@ impl Scheduler {
             ensure(runs != waits, "a request is in both queues or in none", id)?;
             ensure(self.keys.get(id) == Some(&key), "a request's name is lost", id)?;
             ensure(request.computed < request.tokens.len(), "a request has nothing to compute", id)?;
-            ensure(request.tokens.len() <= request.max_len.max(request.prompt_len), "a request is too long", id)?;
-            ensure(!waits || (request.computed == 0 && request.table.is_empty()), "a waiting request has blocks", id)?;
-            ensure(waits || request.computed > 0 || flight.is_some(), "a running request computed nothing", id)?;
+            ensure(
+                request.tokens.len() <= request.max_len.max(request.prompt_len),
+                "a request is too long",
+                id,
+            )?;
+            ensure(
+                !waits || (request.computed == 0 && request.table.is_empty()),
+                "a waiting request has blocks",
+                id,
+            )?;
+            ensure(
+                waits || request.computed > 0 || flight.is_some(),
+                "a running request computed nothing",
+                id,
+            )?;
             let held = request.computed + flight.unwrap_or(0);
             ensure(held <= request.tokens.len(), "more is computed than there is", id)?;
             ensure(request.table.len() == self.config.blocks_for(held), "a table has another length", id)?;
