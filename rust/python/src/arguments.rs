@@ -1,6 +1,6 @@
 //! Arguments that come in several forms.
 
-use numpy::{Element, PyArrayMethods, PyReadonlyArray1};
+use numpy::{Element, PyReadonlyArray1};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
@@ -19,10 +19,8 @@ pub fn ids(name: &str, values: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
         values: &Bound<'_, PyAny>,
     ) -> Option<PyResult<Vec<u32>>> {
         let values: PyReadonlyArray1<'_, T> = values.extract().ok()?;
-        Some(match values.as_slice() {
-            Ok(values) => narrow(name, values),
-            Err(_) => narrow(name, &values.to_vec().unwrap_or_default()),
-        })
+        let values: Vec<T> = values.as_array().iter().copied().collect(); // of any strides
+        Some(narrow(name, &values))
     }
     if let Some(ids) = array::<u32>(name, values)
         .or_else(|| array::<i32>(name, values))
