@@ -168,10 +168,11 @@ def assert_idle(llm: LLM) -> None:
         (["fine", ""], GREEDY, ValueError, r"prompts\[1\]: .*empty"),
         ([[5, 10**9]], GREEDY, ValueError, r"prompts\[0\]: .*1000000000 is outside the vocabulary"),
         ([[5, -1]], GREEDY, ValueError, r"prompts\[0\]: .*-1 is outside the vocabulary"),
-        ([[5] * 100_000], GREEDY, ValueError, r"prompts\[0\]: .*100000 tokens.*max_model_len is 8192"),
+        ([[5] * 100_000], GREEDY, ValueError, r"prompts\[0\]: .*100000 tokens.*max_model_len is \d+"),
         (["a", "b"], [GREEDY], ValueError, r"sampling_params: expected one or 2, got 1"),
         ("a", {"max_tokens": 3}, TypeError, r"SamplingParams"),
-        ([3.5], GREEDY, TypeError, r"prompt"),
+        ([3.5], GREEDY, TypeError, r"prompts\[0\]: prompt: expected text or token ids, got 3.5"),
+        ([[5, 3.5]], GREEDY, TypeError, r"prompts\[0\]: prompt: expected text or token ids"),
         ("\ud800", GREEDY, ValueError, r"prompts\[0\]"),
     ],
 )

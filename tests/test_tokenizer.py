@@ -135,7 +135,7 @@ OURS = DEEPSEEK[0]
 
 @pytest.mark.parametrize(
     "text",
-    ["a" * 50_000, " " * 50_000, "\n" * 50_000, "!" * 50_000, "中" * 20_000, "7" * 50_000, " \n" * 20_000, "e\u0301" * 9_000],
+    [*(character * 50_000 for character in "a \n!中7"), " \n" * 20_000, "e\u0301" * 9_000],
     ids=lambda text: f"{len(text)} of {text[:2]!r}",
 )
 def test_long_runs_are_encoded_as_the_reference_does(text: str) -> None:
@@ -213,7 +213,8 @@ def test_a_bad_tiktoken_file_is_refused(
 
 PATTERNS = {
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "cl100k in tokenizer.json": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "cl100k": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "o200k": "|".join(
         [
             r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
@@ -239,7 +240,8 @@ PATTERNS = {
 
 MIXED = st.text(
     st.one_of(
-        st.sampled_from(" \n\r\t'stSſ'mlLvVeEdD12٣Ⅷ.,!?-]\\^ax\x0b\x0c\u3000中あア々é\u0301ǅʰ한ß"), st.characters(exclude_categories=["Cs"])
+        st.sampled_from(" \n\r\t'stSſ'mlLvVeEdD12٣Ⅷ.,!?-]\\^ax\x0b\x0c\u3000中あア々é\u0301ǅʰ한ß"),
+        st.characters(exclude_categories=["Cs"]),
     ),
     max_size=60,
 )
@@ -320,7 +322,24 @@ CONSTRUCTIONS: dict[str, dict[str, Any]] = {
         "added_tokens": [added(271, "<s>", normalized=True), added(272, "<s>e"), added(263, "12", normalized=True)]
     },
 }
-PARTS = [*"hello 123 é éa e\u0301a <s> <l> <r> <w> the then \n\u3000 中 's".split(" "), " ", "  ", "<", ">"]
+PARTS = [
+    "hello",
+    "123",
+    "é",
+    "éa",
+    "e\u0301a",
+    "<s>",
+    "<l>",
+    "<r>",
+    "<w>",
+    "the",
+    "then",
+    "\n\u3000",
+    "中",
+    "'s",
+    " ",
+    "  ",
+]
 
 
 @pytest.mark.parametrize("name", CONSTRUCTIONS)
@@ -328,7 +347,7 @@ def test_constructions_give_the_ids_of_the_reference(name: str) -> None:
     ours, reference = pair_of(small(**CONSTRUCTIONS[name]))
 
     @settings(max_examples=200)
-    @given(st.lists(st.one_of(st.sampled_from(PARTS), st.characters(exclude_categories=["Cs"])), max_size=20).map("".join))
+    @given(st.lists(st.sampled_from(PARTS) | st.text(max_size=1), max_size=20).map("".join))
     def check(text: str) -> None:
         ids = ours.encode(text, allowed_special="all")
         assert ids == reference.encode(text, add_special_tokens=False).ids
@@ -461,7 +480,7 @@ def test_a_bad_vocabulary_is_refused(vocab: Any, message: str) -> None:
 
 def test_a_token_twice_is_refused() -> None:
     text = json.dumps(small()).replace('"vocab": {', '"vocab": {"a": 500, ', 1)
-    with pytest.raises(ValueError, match="model.vocab: expected each token once"):
+    with pytest.raises(ValueError, match=r"model\.vocab: expected each token once"):
         Tokenizer.from_str(text)
 
 

@@ -132,6 +132,7 @@ class LLM:
         Raises:
             ValueError: a prompt is empty, too long or not of this vocabulary, or the lists differ in length; the
                 message names the prompt by its number, and nothing was started.
+            TypeError: a prompt or its parameters have another type; likewise.
         """
         wanted = _as_list(prompts)
         params = _as_params(sampling_params, len(wanted))
@@ -142,8 +143,9 @@ class LLM:
                 for number, request_id in enumerate(ids):
                     try:
                         self.engine.add_request(request_id, wanted[number], params[number])
-                    except ValueError as error:
-                        raise ValueError(f"prompts[{number}]: {error}") from error
+                    except (ValueError, TypeError) as error:
+                        kind = TypeError if isinstance(error, TypeError) else ValueError
+                        raise kind(f"prompts[{number}]: {error}") from error
                 while len(results) < len(ids):
                     for output in self.engine.step():
                         if output.finished:
@@ -208,6 +210,8 @@ def _as_params(
 ) -> Sequence[SamplingParams]:
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
         return [sampling_params or SamplingParams()] * count
+    if not isinstance(sampling_params, (list, tuple)):
+        raise TypeError(f"sampling_params: expected SamplingParams or a list of them, got {sampling_params!r}")
     if len(sampling_params) != count:
         raise ValueError(f"sampling_params: expected one or {count}, got {len(sampling_params)}")
     return sampling_params
