@@ -1,6 +1,7 @@
 """Types of the compiled module `heedful._core` (checked against it in tests/test_package.py)."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -67,6 +68,72 @@ def write_cache(rows: _Array, cache: _Array, slot_mapping: _Array, value_dim: in
 def read_cache(cache: _Array, slots: _Array, value_dim: int | None, out: _Array) -> None: ...
 def quantize_fp8(x: _Array, dim: int, group: int, codes: _Array, scales: _Array) -> None: ...
 def dequantize_fp8(codes: _Array, scales: _Array, dim: int, group: int, out: _Array) -> None: ...
+
+# Tokenizer (rust/python/src/tokenizer.rs): the docstrings are the compiled module's own.
+
+_AllowedSpecial = Literal["none", "all"] | Iterable[str]
+
+class Tokenizer:
+    @staticmethod
+    def from_file(path: str | os.PathLike[str]) -> Tokenizer: ...
+    @staticmethod
+    def from_pretrained(directory: str | os.PathLike[str]) -> Tokenizer: ...
+    @staticmethod
+    def from_str(json: str) -> Tokenizer: ...
+    @staticmethod
+    def from_tiktoken(
+        path: str | os.PathLike[str], pattern: str, special_tokens: dict[str, int] | None = None
+    ) -> Tokenizer: ...
+    def encode(
+        self,
+        text: str | bytes,
+        *,
+        add_special_tokens: bool = False,
+        allowed_special: _AllowedSpecial = "none",
+        errors: Literal["strict", "replace"] = "strict",
+    ) -> list[int]: ...
+    def encode_to_numpy(
+        self,
+        text: str | bytes,
+        *,
+        add_special_tokens: bool = False,
+        allowed_special: _AllowedSpecial = "none",
+        errors: Literal["strict", "replace"] = "strict",
+    ) -> _Array: ...
+    def encode_batch(
+        self,
+        texts: Iterable[str | bytes],
+        *,
+        add_special_tokens: bool = False,
+        allowed_special: _AllowedSpecial = "none",
+        errors: Literal["strict", "replace"] = "strict",
+    ) -> list[list[int]]: ...
+    def count(
+        self,
+        text: str | bytes,
+        *,
+        add_special_tokens: bool = False,
+        allowed_special: _AllowedSpecial = "none",
+        errors: Literal["strict", "replace"] = "strict",
+    ) -> int: ...
+    def decode(self, ids: Sequence[int] | _Array, *, skip_special_tokens: bool = False) -> str: ...
+    def decode_bytes(self, ids: Sequence[int] | _Array, *, skip_special_tokens: bool = False) -> bytes: ...
+    def decode_batch(
+        self, batch: Iterable[Sequence[int] | _Array], *, skip_special_tokens: bool = False
+    ) -> list[str]: ...
+    def stream(self, *, skip_special_tokens: bool = False) -> TokenStream: ...
+    @property
+    def vocab_size(self) -> int: ...
+    def token_to_id(self, token: str) -> int | None: ...
+    def id_to_token(self, id: int) -> str | None: ...
+    @property
+    def special_tokens(self) -> dict[str, int]: ...
+    @property
+    def added_tokens(self) -> dict[str, int]: ...
+
+class TokenStream:
+    def push(self, id: int) -> str: ...
+    def flush(self) -> str: ...
 
 # Scheduler (rust/python/src/scheduler.rs): the docstrings are the compiled module's own.
 

@@ -3,8 +3,9 @@
 use heedful_core::argument::ArgumentError;
 use heedful_core::scheduler::SchedulerError;
 use heedful_core::threads::ThreadsError;
+use heedful_core::tokenizer::TokenizerError;
 use pyo3::PyErr;
-use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 
 /// A wrong argument or setting: ValueError with the core's text, which names it.
 pub fn argument(error: ArgumentError) -> PyErr {
@@ -28,5 +29,17 @@ pub fn threads(error: ThreadsError) -> PyErr {
     match error {
         ThreadsError::Count { .. } => PyValueError::new_err(error.to_string()),
         ThreadsError::Start { .. } => PyRuntimeError::new_err(error.to_string()),
+    }
+}
+
+/// A file that cannot be read: the OSError of its reason; anything else about a tokenizer: ValueError.
+pub fn tokenizer(error: TokenizerError) -> PyErr {
+    match error {
+        TokenizerError::Io { path, source } => match source.raw_os_error() {
+            // With these three arguments Python picks the subclass, FileNotFoundError for one.
+            Some(code) => PyOSError::new_err((code, source.to_string(), path)),
+            None => PyOSError::new_err(format!("{path}: {source}")),
+        },
+        error => PyValueError::new_err(error.to_string()),
     }
 }

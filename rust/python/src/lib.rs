@@ -4,6 +4,7 @@
 
 use pyo3::prelude::*;
 
+mod arguments;
 mod errors;
 mod ops;
 mod scheduler;

@@ -1,6 +1,6 @@
 //! `SchedulerConfig`, `Scheduler` and `Step`: bindings of `heedful_core::scheduler`.
 
-mod arguments;
+mod readers;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -10,6 +10,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
+use crate::arguments::{ids, ids_of_len};
 use crate::errors;
 
 /// Limits of a scheduler.
@@ -39,14 +40,14 @@ impl SchedulerConfig {
                         max_waiting=None, watermark=0.01, max_model_len=None))]
     #[allow(clippy::too_many_arguments)]
     fn new(
-        #[pyo3(from_py_with = arguments::num_blocks)] num_blocks: usize,
-        #[pyo3(from_py_with = arguments::block_size)] block_size: usize,
-        #[pyo3(from_py_with = arguments::max_batched_tokens)] max_batched_tokens: usize,
-        #[pyo3(from_py_with = arguments::max_num_seqs)] max_num_seqs: usize,
-        #[pyo3(from_py_with = arguments::policy)] policy: &str,
-        #[pyo3(from_py_with = arguments::max_waiting)] max_waiting: Option<usize>,
-        #[pyo3(from_py_with = arguments::watermark)] watermark: f64,
-        #[pyo3(from_py_with = arguments::max_model_len)] max_model_len: Option<usize>,
+        #[pyo3(from_py_with = readers::num_blocks)] num_blocks: usize,
+        #[pyo3(from_py_with = readers::block_size)] block_size: usize,
+        #[pyo3(from_py_with = readers::max_batched_tokens)] max_batched_tokens: usize,
+        #[pyo3(from_py_with = readers::max_num_seqs)] max_num_seqs: usize,
+        #[pyo3(from_py_with = readers::policy)] policy: &str,
+        #[pyo3(from_py_with = readers::max_waiting)] max_waiting: Option<usize>,
+        #[pyo3(from_py_with = readers::watermark)] watermark: f64,
+        #[pyo3(from_py_with = readers::max_model_len)] max_model_len: Option<usize>,
     ) -> PyResult<Self> {
         let policy = match policy {
             "fcfs" => core::Policy::Fcfs,
@@ -189,20 +190,20 @@ impl Scheduler {
     #[pyo3(signature = (request_id, token_ids, *, max_tokens, priority=0, stop_token_ids=None))]
     fn add(
         &self,
-        #[pyo3(from_py_with = arguments::request_id)] request_id: &str,
+        #[pyo3(from_py_with = readers::request_id)] request_id: &str,
         token_ids: &Bound<'_, PyAny>,
-        #[pyo3(from_py_with = arguments::max_tokens)] max_tokens: usize,
-        #[pyo3(from_py_with = arguments::priority)] priority: i64,
+        #[pyo3(from_py_with = readers::max_tokens)] max_tokens: usize,
+        #[pyo3(from_py_with = readers::priority)] priority: i64,
         stop_token_ids: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let prompt_len = |len| self.core().check_prompt_len(len).map_err(errors::scheduler);
         let new = core::NewRequest {
             id: request_id.into(),
-            token_ids: arguments::ids("token_ids", token_ids, prompt_len)?,
+            token_ids: ids_of_len("token_ids", token_ids, prompt_len)?,
             max_tokens,
             priority,
             stop_token_ids: match stop_token_ids {
-                Some(values) => arguments::ids("stop_token_ids", values, |_| Ok(()))?,
+                Some(values) => ids("stop_token_ids", values)?,
                 None => Vec::new(),
             },
         };
@@ -234,7 +235,7 @@ impl Scheduler {
     ///     ValueError: another number of ids than sample rows, a negative id, or an array of another dtype or shape.
     ///     TypeError: not an array.
     fn update(&self, sampled_ids: &Bound<'_, PyAny>) -> PyResult<Vec<(String, &'static str)>> {
-        let sampled = arguments::sampled_ids(sampled_ids)?;
+        let sampled = readers::sampled_ids(sampled_ids)?;
         let finished = self.core().update(&sampled).map_err(errors::scheduler)?;
         Ok(finished.into_iter().map(|(id, reason)| (id.to_string(), reason.as_str())).collect())
     }
@@ -242,7 +243,7 @@ impl Scheduler {
     /// Ends a request at once; False if there is none of this name.
     ///
     /// Its blocks are free when this returns, unless a step that writes them is in flight: then after its update.
-    fn abort(&self, #[pyo3(from_py_with = arguments::request_id)] request_id: &str) -> bool {
+    fn abort(&self, #[pyo3(from_py_with = readers::request_id)] request_id: &str) -> bool {
         self.core().abort(request_id)
     }
 
@@ -270,7 +271,7 @@ impl Scheduler {
     fn token_ids<'py>(
         &self,
         py: Python<'py>,
-        #[pyo3(from_py_with = arguments::request_id)] request_id: &str,
+        #[pyo3(from_py_with = readers::request_id)] request_id: &str,
     ) -> PyResult<Bound<'py, PyArray1<i32>>> {
         let ids = self.core().token_ids(request_id).map(signed).map_err(errors::scheduler)?;
         Ok(ids.into_pyarray(py))
@@ -283,7 +284,7 @@ impl Scheduler {
     fn output_token_ids<'py>(
         &self,
         py: Python<'py>,
-        #[pyo3(from_py_with = arguments::request_id)] request_id: &str,
+        #[pyo3(from_py_with = readers::request_id)] request_id: &str,
     ) -> PyResult<Bound<'py, PyArray1<i32>>> {
         let ids = self.core().output_token_ids(request_id).map(signed).map_err(errors::scheduler)?;
         Ok(ids.into_pyarray(py))
