@@ -18,8 +18,7 @@ pub fn ids_of_len(
 ) -> PyResult<Vec<u32>> {
     if let Ok(array) = values.cast::<PyUntypedArray>() {
         if array.ndim() != 1 || !matches!(array.dtype().kind(), b'i' | b'u') {
-            let got = described(values);
-            return Err(PyValueError::new_err(format!("{name}: expected an integer array [len], got {got}")));
+            return Err(no_ids(name, values));
         }
         check_len(array.len())?;
         return match array_ids::<i64>(name, array)

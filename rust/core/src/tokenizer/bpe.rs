@@ -197,3 +197,76 @@ impl Bpe {
         ids.truncate(kept);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The bytes, and merges of a few of them in an order that makes pieces of every length.
+    fn small() -> (Vocabulary, Bpe) {
+        let merges =
+            [("a", "b"), ("b", "c"), ("a", "a"), ("ab", "ab"), ("aa", "b"), ("bc", "a"), ("abab", "abab")];
+        let bytes = (0..=255u8).map(|byte| crate::tokenizer::byte_level::string_of(&[byte]));
+        let tokens: Vec<String> =
+            bytes.chain(merges.iter().map(|(left, right)| format!("{left}{right}"))).collect();
+        let strings = tokens.iter().zip(0..).map(|(token, id)| (token.as_str(), id));
+        let vocabulary = Vocabulary::from_strings(strings, "vocab").unwrap();
+        let bpe = Bpe::from_merges(&vocabulary, merges.into_iter(), false, "merges").unwrap();
+        (vocabulary, bpe)
+    }
+
+    /// The definition: look for the lowest rank again and again.
+    fn by_definition(bpe: &Bpe, piece: &[u8]) -> Vec<u32> {
+        let mut ids: Vec<u32> = piece.iter().map(|&byte| bpe.byte_ids[usize::from(byte)]).collect();
+        loop {
+            let pairs = ids.windows(2).enumerate();
+            let ranked =
+                pairs.filter_map(|(at, pair)| bpe.merges.get(&(pair[0], pair[1])).map(|merge| (at, *merge)));
+            let Some((at, merge)) = ranked.min_by_key(|&(at, merge)| (merge.rank, at)) else { return ids };
+            ids.splice(at..at + 2, [merge.id]);
+        }
+    }
+
+    proptest! {
+        /// On both sides of the length where the heap takes over.
+        #[test]
+        fn merging_is_by_definition(piece in prop::collection::vec(prop::sample::select(&b"aaabbc "[..]), 0..200)) {
+            let (vocabulary, bpe) = small();
+            let mut ids = vec![7];
+            bpe.encode(&vocabulary, &piece, &mut Scratch::default(), &mut ids);
+            prop_assert_eq!(&ids[1..], by_definition(&bpe, &piece));
+        }
+    }
+
+    #[test]
+    fn a_token_that_merges_do_not_make_is_never_taken_whole() {
+        let (vocabulary, bpe) = small();
+        // "aab": a a b merges as a (ab), for ab ranks before aa.
+        let whole = vocabulary.id_of_bytes(b"aab").unwrap();
+        let mut ids = Vec::new();
+        bpe.encode(&vocabulary, b"aab", &mut Scratch::default(), &mut ids);
+        assert_ne!(ids, [whole]);
+        assert_eq!(ids, by_definition(&bpe, b"aab"));
+    }
+
+    #[test]
+    fn ranks_join_any_two_tokens_that_are_one() {
+        let mut tokens: Vec<(Vec<u8>, u32)> = (0..=255u8).map(|byte| (vec![byte], u32::from(byte))).collect();
+        tokens.extend([
+            (b"bc".to_vec(), 256),
+            (b"ab".to_vec(), 257),
+            (b"abc".to_vec(), 258),
+            (b"zz".to_vec(), 259),
+        ]);
+        let vocabulary = Vocabulary::from_bytes(tokens, "ranks").unwrap();
+        let bpe = Bpe::from_ranks(&vocabulary);
+        for (piece, expected) in
+            [(&b"abc"[..], vec![258]), (b"abcd", vec![258, 100]), (b"zzz", vec![259, 122])]
+        {
+            let mut ids = Vec::new();
+            bpe.encode(&vocabulary, piece, &mut Scratch::default(), &mut ids);
+            assert_eq!(ids, expected, "{piece:?}");
+        }
+    }
+}
