@@ -270,9 +270,6 @@ impl Scheduler {
             // Requests before this one have their blocks; the last in the order gives way, and may be this one itself.
             let (_, victim) = self.running.pop_last().expect("this request runs");
             preempted.push(self.preempt(victim));
-            if victim == key {
-                return;
-            }
         }
     }
 

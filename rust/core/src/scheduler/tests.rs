@@ -155,15 +155,17 @@ fn blocks_that_a_chunked_prompt_still_needs_are_not_given_to_a_newcomer() {
 
 #[test]
 fn the_watermark_keeps_blocks_free_beside_others_and_never_for_one_alone() {
-    let mut s = scheduler(SchedulerConfig { watermark: 0.25, ..config(4, 4) });
-    s.add(request("a", 16, 1)).unwrap();
-    assert_eq!(ran(&mut s), counts(&[("a", 16)]));
-    s.add(request("b", 4, 9)).unwrap();
-    s.add(request("c", 12, 1)).unwrap();
-    assert_eq!(ran(&mut s), counts(&[("b", 4)])); // 3 blocks are free and one of them must stay so
-    s.abort("c");
-    s.add(request("d", 4, 1)).unwrap();
-    assert_eq!(ran(&mut s), counts(&[("b", 1), ("d", 4)]));
+    for watermark in [0.25, 0.01] {
+        let mut s = scheduler(SchedulerConfig { watermark, ..config(4, 4) });
+        s.add(request("a", 16, 1)).unwrap();
+        assert_eq!(ran(&mut s), counts(&[("a", 16)]));
+        s.add(request("b", 4, 9)).unwrap();
+        s.add(request("c", 12, 1)).unwrap();
+        assert_eq!(ran(&mut s), counts(&[("b", 4)])); // 3 blocks are free and one of them must stay so
+        s.abort("c");
+        s.add(request("d", 4, 1)).unwrap();
+        assert_eq!(ran(&mut s), counts(&[("b", 1), ("d", 4)]));
+    }
 }
 
 #[test]
