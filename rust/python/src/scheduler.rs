@@ -1,12 +1,16 @@
 //! `SchedulerConfig`, `Scheduler` and `Step`: bindings of `heedful_core::scheduler`.
 
-use heedful_core::scheduler as core;
-use numpy::{Element, IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1};
-use pyo3::exceptions::{PyTypeError, PyValueError};
-use pyo3::prelude::*;
-use pyo3::types::PyDict;
+mod readers;
 
-use crate::arguments::{described, ids};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use heedful_core::scheduler as core;
+use numpy::{Element, IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyUntypedArrayMethods};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+
+use crate::arguments::{ids, ids_of_len};
 use crate::errors;
 
 /// Limits of a scheduler.
@@ -36,14 +40,14 @@ impl SchedulerConfig {
                         max_waiting=None, watermark=0.01, max_model_len=None))]
     #[allow(clippy::too_many_arguments)]
     fn new(
-        num_blocks: i64,
-        block_size: i64,
-        max_batched_tokens: i64,
-        max_num_seqs: i64,
-        policy: &str,
-        max_waiting: Option<i64>,
-        watermark: f64,
-        max_model_len: Option<i64>,
+        #[pyo3(from_py_with = readers::num_blocks)] num_blocks: usize,
+        #[pyo3(from_py_with = readers::block_size)] block_size: usize,
+        #[pyo3(from_py_with = readers::max_batched_tokens)] max_batched_tokens: usize,
+        #[pyo3(from_py_with = readers::max_num_seqs)] max_num_seqs: usize,
+        #[pyo3(from_py_with = readers::policy)] policy: &str,
+        #[pyo3(from_py_with = readers::max_waiting)] max_waiting: Option<usize>,
+        #[pyo3(from_py_with = readers::watermark)] watermark: f64,
+        #[pyo3(from_py_with = readers::max_model_len)] max_model_len: Option<usize>,
     ) -> PyResult<Self> {
         let policy = match policy {
             "fcfs" => core::Policy::Fcfs,
@@ -55,14 +59,14 @@ impl SchedulerConfig {
             }
         };
         let limits = core::SchedulerConfig {
-            num_blocks: count("num_blocks", num_blocks)?,
-            block_size: count("block_size", block_size)?,
-            max_batched_tokens: count("max_batched_tokens", max_batched_tokens)?,
-            max_num_seqs: count("max_num_seqs", max_num_seqs)?,
+            num_blocks,
+            block_size,
+            max_batched_tokens,
+            max_num_seqs,
             policy,
-            max_waiting: max_waiting.map(|value| count("max_waiting", value)).transpose()?,
+            max_waiting,
             watermark,
-            max_model_len: max_model_len.map(|value| count("max_model_len", value)).transpose()?,
+            max_model_len,
         };
         limits.check().map_err(errors::scheduler)?;
         Ok(Self { limits })
@@ -130,6 +134,8 @@ impl SchedulerConfig {
 
 /// Continuous batching over a pool of cache blocks: which tokens of which requests run next, and where their rows go.
 ///
+/// A call that raises changes nothing. Threads may share a scheduler; each call is one whole.
+///
 /// Args:
 ///     config: its limits.
 ///
@@ -141,9 +147,16 @@ impl SchedulerConfig {
 ///     [0, 1, 2]
 ///     >>> scheduler.update(numpy.array([9], dtype=numpy.int32))
 ///     [('a', 'length')]
-#[pyclass(module = "heedful")]
+#[pyclass(frozen, module = "heedful")]
 pub struct Scheduler {
-    inner: core::Scheduler,
+    inner: Mutex<core::Scheduler>,
+}
+
+impl Scheduler {
+    /// The core's scheduler. No Python runs while it is held, so threads wait for nothing but the core's own work.
+    fn core(&self) -> MutexGuard<'_, core::Scheduler> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[pymethods]
@@ -151,13 +164,13 @@ impl Scheduler {
     #[new]
     fn new(config: &SchedulerConfig) -> PyResult<Self> {
         let inner = core::Scheduler::new(config.limits.clone()).map_err(errors::scheduler)?;
-        Ok(Self { inner })
+        Ok(Self { inner: Mutex::new(inner) })
     }
 
     /// The limits it was made with.
     #[getter]
     fn config(&self) -> SchedulerConfig {
-        SchedulerConfig { limits: self.inner.config().clone() }
+        SchedulerConfig { limits: self.core().config().clone() }
     }
 
     /// Queues a request.
@@ -172,24 +185,29 @@ impl Scheduler {
     /// Raises:
     ///     ValueError: the prompt is empty, too long for max_model_len or for the pool, or holds an id that is negative or
     ///         above 2**31 - 1; max_tokens is below 1; the name is in use.
+    ///     TypeError: an argument is of another kind.
     ///     RuntimeError: max_waiting requests wait already.
     #[pyo3(signature = (request_id, token_ids, *, max_tokens, priority=0, stop_token_ids=None))]
     fn add(
-        &mut self,
-        request_id: String,
+        &self,
+        #[pyo3(from_py_with = readers::request_id)] request_id: &str,
         token_ids: &Bound<'_, PyAny>,
-        max_tokens: i64,
-        priority: i64,
+        #[pyo3(from_py_with = readers::max_tokens)] max_tokens: usize,
+        #[pyo3(from_py_with = readers::priority)] priority: i64,
         stop_token_ids: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
+        let prompt_len = |len| self.core().check_prompt_len(len).map_err(errors::scheduler);
         let new = core::NewRequest {
-            id: request_id,
-            token_ids: ids("token_ids", token_ids)?,
-            max_tokens: count("max_tokens", max_tokens)?,
+            id: request_id.into(),
+            token_ids: ids_of_len("token_ids", token_ids, prompt_len)?,
+            max_tokens,
             priority,
-            stop_token_ids: stop_token_ids.map_or(Ok(Vec::new()), |values| ids("stop_token_ids", values))?,
+            stop_token_ids: match stop_token_ids {
+                Some(values) => ids("stop_token_ids", values)?,
+                None => Vec::new(),
+            },
         };
-        self.inner.add(new).map_err(errors::scheduler)
+        self.core().add(new).map_err(errors::scheduler)
     }
 
     /// Plans the next step.
@@ -199,8 +217,8 @@ impl Scheduler {
     ///
     /// Raises:
     ///     RuntimeError: the last step has not been updated.
-    fn schedule(&mut self, py: Python<'_>) -> PyResult<Option<Step>> {
-        let step = self.inner.schedule().map_err(errors::scheduler)?;
+    fn schedule(&self, py: Python<'_>) -> PyResult<Option<Step>> {
+        let step = self.core().schedule().map_err(errors::scheduler)?;
         step.map(|step| Step::new(py, step)).transpose()
     }
 
@@ -214,49 +232,49 @@ impl Scheduler {
     ///
     /// Raises:
     ///     RuntimeError: there is no step to update.
-    ///     ValueError: another number of ids than sample rows, or a negative id. Nothing is changed then.
-    ///     TypeError: not a contiguous int32 array.
-    fn update(&mut self, sampled_ids: &Bound<'_, PyAny>) -> PyResult<Vec<(String, &'static str)>> {
-        let sampled: PyReadonlyArray1<'_, i32> = sampled_ids.extract().map_err(|_| {
-            PyTypeError::new_err(format!("sampled_ids: expected int32 [n], got {}", described(sampled_ids)))
-        })?;
-        let sampled = sampled.as_slice().map_err(|_| {
-            PyTypeError::new_err("sampled_ids: expected a contiguous array, got a strided one")
-        })?;
-        let finished = self.inner.update(sampled).map_err(errors::scheduler)?;
-        Ok(finished.into_iter().map(|(id, reason)| (id, reason.as_str())).collect())
+    ///     ValueError: another number of ids than sample rows, a negative id, or an array of another dtype or shape.
+    ///     TypeError: not an array.
+    fn update(&self, sampled_ids: &Bound<'_, PyAny>) -> PyResult<Vec<(String, &'static str)>> {
+        let sampled = readers::sampled_ids(sampled_ids)?;
+        let finished = self.core().update(&sampled).map_err(errors::scheduler)?;
+        Ok(finished.into_iter().map(|(id, reason)| (id.to_string(), reason.as_str())).collect())
     }
 
     /// Ends a request at once; False if there is none of this name.
     ///
     /// Its blocks are free when this returns, unless a step that writes them is in flight: then after its update.
-    fn abort(&mut self, request_id: &str) -> bool {
-        self.inner.abort(request_id)
+    fn abort(&self, #[pyo3(from_py_with = readers::request_id)] request_id: &str) -> bool {
+        self.core().abort(request_id)
     }
 
     /// Whether any request is there.
     fn has_unfinished(&self) -> bool {
-        self.inner.has_unfinished()
+        self.core().has_unfinished()
     }
 
     /// Requests that hold blocks.
     #[getter]
     fn num_running(&self) -> usize {
-        self.inner.stats().running
+        self.core().stats().running
     }
 
     /// Requests that hold none.
     #[getter]
     fn num_waiting(&self) -> usize {
-        self.inner.stats().waiting
+        self.core().stats().waiting
     }
 
     /// A request's prompt and output so far: int32 [len].
     ///
     /// Raises:
     ///     ValueError: there is no request of this name.
-    fn token_ids<'py>(&self, py: Python<'py>, request_id: &str) -> PyResult<Bound<'py, PyArray1<i32>>> {
-        Ok(signed(self.inner.token_ids(request_id).map_err(errors::scheduler)?).into_pyarray(py))
+    fn token_ids<'py>(
+        &self,
+        py: Python<'py>,
+        #[pyo3(from_py_with = readers::request_id)] request_id: &str,
+    ) -> PyResult<Bound<'py, PyArray1<i32>>> {
+        let ids = self.core().token_ids(request_id).map(signed).map_err(errors::scheduler)?;
+        Ok(ids.into_pyarray(py))
     }
 
     /// A request's output so far: int32 [len].
@@ -266,15 +284,16 @@ impl Scheduler {
     fn output_token_ids<'py>(
         &self,
         py: Python<'py>,
-        request_id: &str,
+        #[pyo3(from_py_with = readers::request_id)] request_id: &str,
     ) -> PyResult<Bound<'py, PyArray1<i32>>> {
-        Ok(signed(self.inner.output_token_ids(request_id).map_err(errors::scheduler)?).into_pyarray(py))
+        let ids = self.core().output_token_ids(request_id).map(signed).map_err(errors::scheduler)?;
+        Ok(ids.into_pyarray(py))
     }
 
     /// Counts: running, waiting, total_blocks, free_blocks, used_blocks, peak_used_blocks, and since the start steps,
     /// scheduled_tokens, preemptions, finished, aborted.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let stats = self.inner.stats();
+        let stats = self.core().stats();
         let dict = PyDict::new(py);
         for (name, value) in [
             ("running", stats.running),
@@ -303,7 +322,7 @@ impl Scheduler {
     /// Raises:
     ///     RuntimeError: says what is broken.
     fn check_invariants(&self) -> PyResult<()> {
-        self.inner.check_invariants().map_err(errors::scheduler)
+        self.core().check_invariants().map_err(errors::scheduler)
     }
 }
 
@@ -314,7 +333,7 @@ impl Scheduler {
 #[pyclass(frozen, get_all, module = "heedful")]
 pub struct Step {
     /// [B] names.
-    request_ids: Vec<String>,
+    request_ids: Py<PyList>,
     /// int32 [N] ids to compute.
     token_ids: Py<PyArray1<i32>>,
     /// int64 [N] their positions in their sequences.
@@ -332,7 +351,7 @@ pub struct Step {
     /// int32 [n] which of the B requests each sample row belongs to.
     sample_request: Py<PyArray1<i32>>,
     /// Names of requests that gave their blocks away for this step and will be computed anew.
-    preempted: Vec<String>,
+    preempted: Py<PyList>,
 }
 
 impl Step {
@@ -340,9 +359,11 @@ impl Step {
         fn array<T: Element>(py: Python<'_>, values: Vec<T>) -> Py<PyArray1<T>> {
             values.into_pyarray(py).unbind()
         }
+        // Made once: a getter that builds a list anew would make a loop over the requests quadratic.
+        let names = |ids: &[Arc<str>]| PyList::new(py, ids.iter().map(|id| &**id)).map(Bound::unbind);
         let shape = [step.request_ids.len(), step.table_width];
         Ok(Self {
-            request_ids: step.request_ids,
+            request_ids: names(&step.request_ids)?,
             token_ids: array(py, step.token_ids),
             positions: array(py, step.positions),
             slot_mapping: array(py, step.slot_mapping),
@@ -351,7 +372,7 @@ impl Step {
             block_tables: step.block_tables.into_pyarray(py).reshape(shape)?.unbind(),
             sample_rows: array(py, step.sample_rows),
             sample_request: array(py, step.sample_request),
-            preempted: step.preempted,
+            preempted: names(&step.preempted)?,
         })
     }
 }
@@ -360,30 +381,24 @@ impl Step {
 impl Step {
     /// N, the tokens of this step.
     #[getter]
-    fn num_tokens(&self, py: Python<'_>) -> PyResult<usize> {
+    fn num_tokens(&self, py: Python<'_>) -> usize {
         self.token_ids.bind(py).len()
     }
 
     /// B, the requests of this step.
     #[getter]
-    fn num_seqs(&self) -> usize {
-        self.request_ids.len()
+    fn num_seqs(&self, py: Python<'_>) -> usize {
+        self.seq_lens.bind(py).len()
     }
 
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
         Ok(format!(
-            "Step(num_tokens={}, num_seqs={}, preempted={:?})",
-            self.num_tokens(py)?,
-            self.num_seqs(),
-            self.preempted
+            "Step(num_tokens={}, num_seqs={}, preempted={})",
+            self.num_tokens(py),
+            self.num_seqs(py),
+            self.preempted.bind(py).repr()?
         ))
     }
-}
-
-/// A count that may not be negative.
-fn count(name: &str, value: i64) -> PyResult<usize> {
-    usize::try_from(value)
-        .map_err(|_| PyValueError::new_err(format!("{name}: expected an integer of at least 0, got {value}")))
 }
 
 fn signed(ids: &[u32]) -> Vec<i32> {

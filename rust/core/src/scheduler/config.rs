@@ -2,12 +2,15 @@
 
 use super::SchedulerError;
 
+/// Block numbers and lengths leave as int32.
+const MOST: usize = i32::MAX as usize;
+
 /// Which request goes first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
     /// In the order of arrival.
     Fcfs,
-    /// By priority, the lower number first; by arrival among equals.
+    /// By priority, the lower number first; by arrival among equals. Who runs is not pushed out by who waits.
     Priority,
 }
 
@@ -33,9 +36,9 @@ pub struct SchedulerConfig {
 }
 
 impl SchedulerConfig {
-    /// Slots of the whole pool: the longest sequence that can be held.
+    /// Slots of the whole pool, as far as an int32 length counts them: the longest sequence that can be held.
     pub fn capacity(&self) -> usize {
-        self.num_blocks * self.block_size
+        self.num_blocks.saturating_mul(self.block_size).min(MOST)
     }
 
     /// Longest prompt and output together.
@@ -55,13 +58,12 @@ impl SchedulerConfig {
             ("block_size", self.block_size),
             ("max_batched_tokens", self.max_batched_tokens),
             ("max_num_seqs", self.max_num_seqs),
+            ("max_waiting", self.max_waiting.unwrap_or(1)),
             ("max_model_len", self.max_model_len.unwrap_or(1)),
         ];
-        // Block numbers and positions leave as int32.
-        let most = i32::MAX as usize;
         for (name, value) in sizes {
-            if value == 0 || value > most {
-                let expected = format!("an integer from 1 to {most}");
+            if value == 0 || value > MOST {
+                let expected = format!("an integer from 1 to {MOST}");
                 return Err(SchedulerError::Config { name, expected, got: value.to_string() });
             }
         }

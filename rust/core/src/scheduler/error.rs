@@ -19,8 +19,13 @@ pub enum SchedulerError {
     #[error("token_ids: expected at least one token, got an empty prompt")]
     EmptyPrompt,
     /// A token id that no int32 holds.
-    #[error("token_ids: expected ids from 0 to 2147483647, got {0}")]
-    TokenId(u32),
+    #[error("{name}: expected ids from 0 to {most}, got {id}", most = i32::MAX)]
+    TokenId {
+        /// The argument it came in.
+        name: &'static str,
+        /// The id.
+        id: u32,
+    },
     /// No token may be generated.
     #[error("max_tokens: expected at least 1, got 0")]
     NoTokensWanted,

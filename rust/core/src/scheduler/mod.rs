@@ -5,6 +5,7 @@
 
 mod config;
 mod error;
+mod invariants;
 mod request;
 mod scheduler;
 mod step;

@@ -1,12 +1,14 @@
 //! One request: its tokens, how many of them are computed, and the blocks that hold them.
 
+use std::sync::Arc;
+
 use crate::cache::BlockTable;
 
 /// What a caller asks for.
 #[derive(Clone, Debug)]
 pub struct NewRequest {
     /// A name not in use.
-    pub id: String,
+    pub id: Arc<str>,
     /// The prompt, at least one token.
     pub token_ids: Vec<u32>,
     /// Tokens to generate at most, at least one.
@@ -41,7 +43,7 @@ pub(super) type Rank = (i64, u64);
 
 #[derive(Debug)]
 pub(super) struct Request {
-    pub id: String,
+    pub id: Arc<str>,
     pub rank: Rank,
     /// Prompt and output so far.
     pub tokens: Vec<u32>,
@@ -51,6 +53,8 @@ pub(super) struct Request {
     pub stop_token_ids: Vec<u32>,
     /// Tokens whose cache rows are computed.
     pub computed: usize,
+    /// Tokens that the step in flight computes; 0 when it is not part of one.
+    pub planned: usize,
     pub table: BlockTable,
     /// Aborted while a step that writes its blocks was in flight.
     pub aborted: bool,
@@ -60,6 +64,11 @@ impl Request {
     /// Tokens that are there and not computed.
     pub fn wanted(&self) -> usize {
         self.tokens.len() - self.computed
+    }
+
+    /// Whether the step in flight computes its last token, whose logits give the next one.
+    pub fn is_sampled(&self) -> bool {
+        self.planned > 0 && self.planned == self.wanted()
     }
 
     /// Takes a sampled token; says why the request ends, if it does.

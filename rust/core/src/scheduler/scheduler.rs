@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Bound;
+use std::sync::Arc;
 
 use super::request::{FinishReason, NewRequest, Rank, Request};
 use super::{Policy, SchedulerConfig, SchedulerError, Step};
@@ -34,28 +35,21 @@ pub struct Stats {
     pub aborted: u64,
 }
 
-/// A request's place in the step in flight.
-#[derive(Clone, Copy, Debug)]
-struct Planned {
-    key: usize,
-    tokens: usize,
-    sampled: bool,
-}
-
 /// Continuous batching over a pool of blocks.
 #[derive(Debug)]
 pub struct Scheduler {
-    config: SchedulerConfig,
-    pool: BlockPool,
+    pub(super) config: SchedulerConfig,
+    pub(super) pool: BlockPool,
     /// Live requests by key; keys are reused.
-    requests: Vec<Option<Request>>,
-    free_keys: Vec<usize>,
-    keys: HashMap<String, usize>,
+    pub(super) requests: Vec<Option<Request>>,
+    pub(super) free_keys: Vec<usize>,
+    pub(super) keys: HashMap<Arc<str>, usize>,
     /// Both queues by rank: a preempted request keeps its rank, so it is first again among those that wait.
-    running: BTreeMap<Rank, usize>,
-    waiting: BTreeMap<Rank, usize>,
+    pub(super) running: BTreeMap<Rank, usize>,
+    pub(super) waiting: BTreeMap<Rank, usize>,
     arrivals: u64,
-    in_flight: Option<Vec<Planned>>,
+    /// Keys of the requests in the step in flight, in its order.
+    pub(super) in_flight: Option<Vec<usize>>,
     counts: Stats,
 }
 
@@ -82,17 +76,10 @@ impl Scheduler {
         &self.config
     }
 
-    /// Queues a request.
-    pub fn add(&mut self, new: NewRequest) -> Result<(), SchedulerError> {
-        let len = new.token_ids.len();
+    /// Whether a prompt of this many tokens can be served; to be asked before a long one is copied.
+    pub fn check_prompt_len(&self, len: usize) -> Result<(), SchedulerError> {
         if len == 0 {
             return Err(SchedulerError::EmptyPrompt);
-        }
-        if let Some(&id) = new.token_ids.iter().find(|&&id| i32::try_from(id).is_err()) {
-            return Err(SchedulerError::TokenId(id));
-        }
-        if new.max_tokens == 0 {
-            return Err(SchedulerError::NoTokensWanted);
         }
         if let Some(limit) = self.config.max_model_len.filter(|&limit| len >= limit) {
             return Err(SchedulerError::LongerThanModel { len, limit });
@@ -101,8 +88,23 @@ impl Scheduler {
         if len > capacity {
             return Err(SchedulerError::LargerThanPool { len, capacity });
         }
+        Ok(())
+    }
+
+    /// Queues a request.
+    pub fn add(&mut self, new: NewRequest) -> Result<(), SchedulerError> {
+        let len = new.token_ids.len();
+        self.check_prompt_len(len)?;
+        for (name, ids) in [("token_ids", &new.token_ids), ("stop_token_ids", &new.stop_token_ids)] {
+            if let Some(&id) = ids.iter().find(|&&id| i32::try_from(id).is_err()) {
+                return Err(SchedulerError::TokenId { name, id });
+            }
+        }
+        if new.max_tokens == 0 {
+            return Err(SchedulerError::NoTokensWanted);
+        }
         if self.keys.contains_key(&new.id) {
-            return Err(SchedulerError::DuplicateId(new.id));
+            return Err(SchedulerError::DuplicateId(new.id.to_string()));
         }
         if self.config.max_waiting.is_some_and(|most| self.waiting.len() >= most) {
             return Err(SchedulerError::QueueFull(self.waiting.len()));
@@ -121,6 +123,7 @@ impl Scheduler {
             max_len: self.config.max_len().min(len.saturating_add(new.max_tokens)),
             stop_token_ids: new.stop_token_ids,
             computed: 0,
+            planned: 0,
             table: BlockTable::default(),
             aborted: false,
         };
@@ -148,47 +151,45 @@ impl Scheduler {
             return Err(SchedulerError::StepInFlight);
         }
         let mut step = Step::default();
-        let mut planned = Vec::with_capacity(self.running.len() + 1);
+        let mut keys = Vec::with_capacity(self.running.len() + 1);
         let mut budget = self.config.max_batched_tokens;
-        self.plan_running(&mut budget, &mut planned, &mut step.preempted);
+        self.plan_running(&mut budget, &mut keys, &mut step.preempted);
         if step.preempted.is_empty() {
-            self.plan_waiting(&mut budget, &mut planned);
+            self.plan_waiting(&mut budget, &mut keys);
         }
-        if planned.is_empty() {
+        if keys.is_empty() {
             return Ok(None);
         }
-        self.fill(&mut step, &planned);
+        self.fill(&mut step, &keys);
         self.counts.steps += 1;
         self.counts.scheduled_tokens += step.token_ids.len() as u64;
-        self.in_flight = Some(planned);
+        self.in_flight = Some(keys);
         Ok(Some(step))
     }
 
     /// Takes the ids sampled in the last step, one a sample row; returns the requests that ended, with their reasons.
     ///
     /// Ids of requests aborted since `schedule` are dropped.
-    pub fn update(&mut self, sampled: &[i32]) -> Result<Vec<(String, FinishReason)>, SchedulerError> {
-        let planned = self.in_flight.as_ref().ok_or(SchedulerError::NoStep)?;
-        let expected = planned.iter().filter(|plan| plan.sampled).count();
+    pub fn update(&mut self, sampled: &[i32]) -> Result<Vec<(Arc<str>, FinishReason)>, SchedulerError> {
+        let step = self.in_flight.as_ref().ok_or(SchedulerError::NoStep)?;
+        let expected = step.iter().filter(|&&key| self.request(key).is_sampled()).count();
         if sampled.len() != expected {
             return Err(SchedulerError::SampleCount { expected, got: sampled.len() });
         }
         if let Some(&id) = sampled.iter().find(|&&id| id < 0) {
             return Err(SchedulerError::SampledId(id));
         }
-        let planned = self.in_flight.take().unwrap_or_default();
         let mut sampled = sampled.iter();
         let mut finished = Vec::new();
-        for plan in planned {
-            let request = live(&mut self.requests, plan.key);
-            request.computed += plan.tokens;
-            let token = if plan.sampled { sampled.next() } else { None };
+        for key in self.in_flight.take().unwrap_or_default() {
+            let request = live(&mut self.requests, key);
+            let token = if request.is_sampled() { sampled.next() } else { None };
+            request.computed += std::mem::take(&mut request.planned);
             if request.aborted {
-                self.forget(plan.key);
+                self.forget(key);
             } else if let Some(reason) = token.and_then(|&token| request.append(token as u32)) {
-                let rank = request.rank;
-                let request = self.forget(plan.key);
-                self.running.remove(&rank);
+                let request = self.forget(key);
+                self.running.remove(&request.rank);
                 self.keys.remove(&request.id);
                 self.counts.finished += 1;
                 finished.push((request.id, reason));
@@ -202,13 +203,12 @@ impl Scheduler {
     /// Its blocks are free when this returns, unless a step that writes them is in flight: then after its `update`.
     pub fn abort(&mut self, id: &str) -> bool {
         let Some(key) = self.keys.remove(id) else { return false };
-        let request = live(&mut self.requests, key);
-        let rank = request.rank;
         self.counts.aborted += 1;
-        self.waiting.remove(&rank);
-        self.running.remove(&rank);
-        if self.in_flight.iter().flatten().any(|plan| plan.key == key) {
-            live(&mut self.requests, key).aborted = true;
+        let request = live(&mut self.requests, key);
+        self.waiting.remove(&request.rank);
+        self.running.remove(&request.rank);
+        if request.planned > 0 {
+            request.aborted = true;
         } else {
             self.forget(key);
         }
@@ -222,12 +222,12 @@ impl Scheduler {
 
     /// A request's prompt and output so far.
     pub fn token_ids(&self, id: &str) -> Result<&[u32], SchedulerError> {
-        self.request(id).map(|request| &request.tokens[..])
+        self.named(id).map(|request| &request.tokens[..])
     }
 
     /// A request's output so far.
     pub fn output_token_ids(&self, id: &str) -> Result<&[u32], SchedulerError> {
-        self.request(id).map(|request| &request.tokens[request.prompt_len..])
+        self.named(id).map(|request| &request.tokens[request.prompt_len..])
     }
 
     /// Counts of state and past.
@@ -243,17 +243,15 @@ impl Scheduler {
         }
     }
 
-    /// Checks everything that must hold between any two calls.
-    pub fn check_invariants(&self) -> Result<(), SchedulerError> {
-        self.find_broken().map_err(SchedulerError::Invariant)
+    fn named(&self, id: &str) -> Result<&Request, SchedulerError> {
+        self.keys.get(id).map(|&key| self.request(key)).ok_or_else(|| SchedulerError::UnknownId(id.into()))
     }
 
-    fn request(&self, id: &str) -> Result<&Request, SchedulerError> {
-        let key = self.keys.get(id).ok_or_else(|| SchedulerError::UnknownId(id.into()))?;
-        Ok(self.requests[*key].as_ref().expect("a named request is live"))
+    fn request(&self, key: usize) -> &Request {
+        self.requests[key].as_ref().expect("keys in queues and steps are live")
     }
 
-    fn plan_running(&mut self, budget: &mut usize, planned: &mut Vec<Planned>, preempted: &mut Vec<String>) {
+    fn plan_running(&mut self, budget: &mut usize, keys: &mut Vec<usize>, preempted: &mut Vec<Arc<str>>) {
         let mut behind = Bound::Unbounded;
         while let Some((&rank, &key)) = self.running.range((behind, Bound::Unbounded)).next() {
             if *budget == 0 {
@@ -264,59 +262,55 @@ impl Scheduler {
             let missing = self.config.blocks_for(request.computed + tokens) - request.table.len();
             if self.pool.grow(&mut request.table, missing) {
                 *budget -= tokens;
-                planned.push(Planned { key, tokens, sampled: tokens == request.wanted() });
+                request.planned = tokens;
+                keys.push(key);
                 behind = Bound::Excluded(rank);
                 continue;
             }
             // Requests before this one have their blocks; the last in the order gives way, and may be this one itself.
             let (_, victim) = self.running.pop_last().expect("this request runs");
             preempted.push(self.preempt(victim));
-            if victim == key {
-                return;
-            }
         }
     }
 
-    fn plan_waiting(&mut self, budget: &mut usize, planned: &mut Vec<Planned>) {
-        // Blocks that running requests still need for tokens they have, which a newcomer must not take.
-        let mut promised: usize = 0;
-        for &key in self.running.values() {
-            let request = live(&mut self.requests, key);
-            promised += self.config.blocks_for(request.tokens.len()).saturating_sub(request.table.len());
-        }
+    fn plan_waiting(&mut self, budget: &mut usize, keys: &mut Vec<usize>) {
+        // Budget is left only when all that run have blocks for every token they have, so no free block is promised to one.
         let reserve = (self.config.watermark * self.pool.total() as f64).ceil() as usize;
         while *budget > 0 && self.running.len() < self.config.max_num_seqs {
             let Some((&rank, &key)) = self.waiting.first_key_value() else { return };
             let request = live(&mut self.requests, key);
             let whole = self.config.blocks_for(request.tokens.len());
-            let kept = if self.running.is_empty() { 0 } else { promised + reserve };
+            let kept = if self.running.is_empty() { 0 } else { reserve };
             if whole + kept > self.pool.free() {
                 return; // the first in the order is not passed by a smaller one behind it
             }
             let tokens = request.wanted().min(*budget);
-            let now = self.config.blocks_for(tokens);
-            let grown = self.pool.grow(&mut request.table, now);
+            let grown = self.pool.grow(&mut request.table, self.config.blocks_for(tokens));
             debug_assert!(grown, "free blocks were counted");
-            promised += whole - now;
             *budget -= tokens;
-            planned.push(Planned { key, tokens, sampled: tokens == request.wanted() });
+            request.planned = tokens;
+            keys.push(key);
             self.waiting.pop_first();
             self.running.insert(rank, key);
         }
     }
 
     /// Writes the plan out as flat arrays.
-    fn fill(&self, step: &mut Step, planned: &[Planned]) {
-        let total = planned.iter().map(|plan| plan.tokens).sum();
+    fn fill(&self, step: &mut Step, keys: &[usize]) {
+        let block_size = self.config.block_size;
+        let total = keys.iter().map(|&key| self.request(key).planned).sum();
+        step.table_width = keys.iter().map(|&key| self.request(key).table.len()).max().unwrap_or(0);
+        step.request_ids.reserve_exact(keys.len());
         step.token_ids.reserve_exact(total);
         step.positions.reserve_exact(total);
         step.slot_mapping.reserve_exact(total);
+        step.query_start_loc.reserve_exact(keys.len() + 1);
+        step.seq_lens.reserve_exact(keys.len());
+        step.block_tables.reserve_exact(keys.len() * step.table_width);
         step.query_start_loc.push(0);
-        step.table_width = planned.iter().map(|plan| self.planned(plan).table.len()).max().unwrap_or(0);
-        let block_size = self.config.block_size;
-        for (place, plan) in planned.iter().enumerate() {
-            let request = self.planned(plan);
-            let range = request.computed..request.computed + plan.tokens;
+        for (place, &key) in keys.iter().enumerate() {
+            let request = self.request(key);
+            let range = request.computed..request.computed + request.planned;
             let blocks = request.table.blocks();
             step.request_ids.push(request.id.clone());
             step.token_ids.extend(request.tokens[range.clone()].iter().map(|&id| id as i32));
@@ -329,19 +323,15 @@ impl Scheduler {
             step.seq_lens.push(range.end as i32);
             step.block_tables.extend(blocks.iter().map(|&block| block as i32));
             step.block_tables.resize((place + 1) * step.table_width, -1);
-            if plan.sampled {
+            if request.is_sampled() {
                 step.sample_rows.push(step.token_ids.len() as i32 - 1);
                 step.sample_request.push(place as i32);
             }
         }
     }
 
-    fn planned(&self, plan: &Planned) -> &Request {
-        self.requests[plan.key].as_ref().expect("a planned request is live")
-    }
-
     /// Takes a running request's blocks and lets it wait; its name.
-    fn preempt(&mut self, key: usize) -> String {
+    fn preempt(&mut self, key: usize) -> Arc<str> {
         let request = live(&mut self.requests, key);
         self.pool.release(&mut request.table);
         request.computed = 0;
@@ -356,54 +346,6 @@ impl Scheduler {
         self.pool.release(&mut request.table);
         self.free_keys.push(key);
         request
-    }
-
-    fn find_broken(&self) -> Result<(), String> {
-        let live =
-            || self.requests.iter().enumerate().filter_map(|(key, slot)| slot.as_ref().map(|r| (key, r)));
-        self.pool.check(live().map(|(_, request)| &request.table))?;
-        let flights: HashMap<usize, usize> =
-            self.in_flight.iter().flatten().map(|plan| (plan.key, plan.tokens)).collect();
-        let ensure = |holds: bool, what: &str, of: &str| {
-            if holds { Ok(()) } else { Err(format!("{what}: {of:?}")) }
-        };
-        for (key, request) in live() {
-            let id = &request.id;
-            let flight = flights.get(&key).copied();
-            let runs = self.running.get(&request.rank) == Some(&key);
-            let waits = self.waiting.get(&request.rank) == Some(&key);
-            if request.aborted {
-                ensure(flight.is_some() && !runs && !waits, "an aborted request lives on", id)?;
-                continue;
-            }
-            ensure(runs != waits, "a request is in both queues or in none", id)?;
-            ensure(self.keys.get(id) == Some(&key), "a request's name is lost", id)?;
-            ensure(request.computed < request.tokens.len(), "a request has nothing to compute", id)?;
-            ensure(
-                request.tokens.len() <= request.max_len.max(request.prompt_len),
-                "a request is too long",
-                id,
-            )?;
-            ensure(
-                !waits || (request.computed == 0 && request.table.is_empty()),
-                "a waiting request has blocks",
-                id,
-            )?;
-            ensure(
-                waits || request.computed > 0 || flight.is_some(),
-                "a running request computed nothing",
-                id,
-            )?;
-            let held = request.computed + flight.unwrap_or(0);
-            ensure(held <= request.tokens.len(), "more is computed than there is", id)?;
-            ensure(request.table.len() == self.config.blocks_for(held), "a table has another length", id)?;
-        }
-        let count = live().filter(|(_, request)| !request.aborted).count();
-        ensure(count == self.keys.len(), "names and requests differ in number", "")?;
-        ensure(count == self.running.len() + self.waiting.len(), "queues and requests differ in number", "")?;
-        ensure(self.running.len() <= self.config.max_num_seqs, "more requests run than max_num_seqs", "")?;
-        let dead = self.requests.iter().filter(|slot| slot.is_none()).count();
-        ensure(dead == self.free_keys.len(), "free keys and empty slots differ in number", "")
     }
 }
 

@@ -1,10 +1,12 @@
 //! What runs in one step: flat arrays over its N tokens and B requests, ready for the model.
 
+use std::sync::Arc;
+
 /// One step's plan. Tokens of a request are consecutive; requests are in the order of service.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Step {
     /// [B] names.
-    pub request_ids: Vec<String>,
+    pub request_ids: Vec<Arc<str>>,
     /// [N] ids to compute.
     pub token_ids: Vec<i32>,
     /// [N] their positions in their sequences.
@@ -24,5 +26,5 @@ pub struct Step {
     /// [n] which of the B requests each sample row belongs to.
     pub sample_request: Vec<i32>,
     /// Names of requests that gave their blocks away for this step and will be computed anew.
-    pub preempted: Vec<String>,
+    pub preempted: Vec<Arc<str>>,
 }
