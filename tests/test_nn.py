@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from heedful.config import ModelConfig, RopeConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
+from heedful.config import ModelConfig, RopeConfig
 from heedful.models import DSAForCausalLM, load_model
 from heedful.nn import FullSequenceAttention, MoE, RotaryEmbedding, Router, apply_rope
 from heedful.nn.attention import select, selection_mask
