@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import operator
+import reprlib
 import time
 from collections.abc import Sequence
 
@@ -158,7 +160,10 @@ class LLMEngine:
                 raise ValueError("prompt: text was given, but this model has no tokenizer; give token ids")
             token_ids = self.tokenizer.encode(prompt, add_special_tokens=True, allowed_special="all")
         else:
-            token_ids = [int(token_id) for token_id in prompt]
+            try:
+                token_ids = [operator.index(token_id) for token_id in prompt]
+            except TypeError:
+                raise TypeError(f"prompt: expected text or token ids, got {reprlib.repr(prompt)}") from None
         vocab_size = self.runner.model.config.vocab_size
         if not token_ids:
             raise ValueError("prompt: expected at least one token, got an empty prompt")
