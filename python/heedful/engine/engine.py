@@ -69,7 +69,7 @@ class LLMEngine:
 
         Raises:
             ValueError: the prompt is empty, too long or holds ids outside the vocabulary, or the name is in use.
-                Nothing is queued then.
+            TypeError: an argument has another type. In both cases nothing is queued.
         """
         token_ids = self._checked_token_ids(prompt, params)
         if request_id in self._requests:
@@ -162,8 +162,8 @@ class LLMEngine:
         else:
             try:
                 token_ids = [operator.index(token_id) for token_id in prompt]
-            except TypeError:
-                raise TypeError(f"prompt: expected text or token ids, got {reprlib.repr(prompt)}") from None
+            except TypeError as error:
+                raise TypeError(f"prompt: expected text or token ids, got {reprlib.repr(prompt)}") from error
         vocab_size = self.runner.model.config.vocab_size
         if not token_ids:
             raise ValueError("prompt: expected at least one token, got an empty prompt")
