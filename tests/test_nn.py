@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from heedful.config import ModelConfig, RopeConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
+from heedful.config import ModelConfig, RopeConfig
 from heedful.models import DSAForCausalLM, load_model
 from heedful.nn import FullSequenceAttention, MoE, RotaryEmbedding, Router, apply_rope
 from heedful.nn.attention import select, selection_mask
@@ -86,6 +86,34 @@ def test_rope_makes_dot_products_depend_on_distance_alone(shift: int, interleave
         return (rotated[0] * rotated[1]).sum()
 
     torch.testing.assert_close(dot(40 + shift, 3 + shift), dot(40, 3), rtol=2e-3, atol=2e-3)
+
+
+@given(position=st.integers(0, 200_000), interleaved=st.booleans(), seed=st.integers(0, 99))
+def test_rope_of_bfloat16_is_rounded_once(position: int, interleaved: bool, seed: int) -> None:
+    """As in the reference code: cos and sin keep float32, and only the result is rounded."""
+    x = torch.randn(1, 2, 12, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    rope = RotaryEmbedding(RopeConfig(theta=10000.0), 8)(torch.tensor([position]))
+    actual = apply_rope(x, rope, interleaved=interleaved)
+    exact = apply_rope(x.double(), tuple(part.double() for part in rope), interleaved=interleaved)  # type: ignore[arg-type]
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.double(), exact, rtol=2**-8 * 1.001, atol=1e-7)
+
+
+def test_experts_are_summed_in_float32() -> None:
+    torch.manual_seed(0)
+    router = Router(hidden_size=64, n_experts=16, top_k=16)
+    moe = MoE(hidden_size=64, intermediate_size=32, n_experts=16, n_shared_experts=1, router=router).bfloat16()
+    x = torch.randn(50, 64).bfloat16()
+    with torch.no_grad():
+        routing = moe.gate(x)
+        exact = sum(
+            torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, moe.experts.down_proj[expert]).double()
+            * routing.weights.gather(-1, (routing.experts == expert).int().argmax(-1, keepdim=True)).double()
+            for expert in range(16)
+            for gate, up in [torch.nn.functional.linear(x, moe.experts.gate_up_proj[expert]).chunk(2, dim=-1)]
+        )
+        actual = moe.experts(x, routing)
+    torch.testing.assert_close(actual.double(), exact, rtol=2**-8 * 1.001, atol=1e-6)
 
 
 @settings(max_examples=30)

@@ -266,7 +266,9 @@ def test_a_forked_child_can_compute() -> None:
 
 
 def test_operators_need_no_torch() -> None:
-    program = "import sys, numpy as np, heedful; heedful.top_k(np.ones((1, 3), 'f4'), 2); assert 'torch' not in sys.modules"
+    program = (
+        "import sys, numpy as np, heedful; heedful.top_k(np.ones((1, 3), 'f4'), 2); assert 'torch' not in sys.modules"
+    )
     assert run_python(program).returncode == 0
 
 

@@ -157,7 +157,5 @@ def test_hadamard_is_the_orthonormal_matrix_and_its_own_inverse(D: int) -> None:
 
 
 def test_hadamard_refuses_other_widths() -> None:
-    with pytest.raises(
-        ValueError, match=r"x: expected a last dimension that is a power of two, got shape \[2, 6\]"
-    ):
+    with pytest.raises(ValueError, match=r"x: expected a last dimension that is a power of two, got shape \[2, 6\]"):
         ops.hadamard(np.ones((2, 6), np.float32))

@@ -153,6 +153,4 @@ def test_quantised_keys_score_as_their_values() -> None:
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
     small = rng.integers(-127, 128, (90, 128)).astype(np.int8)
     got = ops.index_scores(q, small, weights, k_scale=scale.numpy())
-    np.testing.assert_allclose(
-        got, reference.index_scores(q, small, weights, None, scales[:, 0]), rtol=1e-4, atol=1e-2
-    )
+    np.testing.assert_allclose(got, reference.index_scores(q, small, weights, None, scales[:, 0]), rtol=1e-4, atol=1e-2)

@@ -42,9 +42,7 @@ def test_codes_of_random_floats_are_torchs() -> None:
 
 
 @quick
-@given(
-    st.integers(0, 5), st.integers(1, 300), st.integers(1, 200), st.floats(1e-6, 1e6), st.integers(0, 2**32)
-)
+@given(st.integers(0, 5), st.integers(1, 300), st.integers(1, 200), st.floats(1e-6, 1e6), st.integers(0, 2**32))
 def test_quantisation_equals_the_reference(N: int, D: int, group: int, size: float, seed: int) -> None:
     x = (np.random.default_rng(seed).standard_normal((N, D)) * size).astype(np.float32)
     codes, scales = ops.quantize_fp8(x, group_size=group)
@@ -62,9 +60,7 @@ def test_special_values_do_not_spoil_their_group() -> None:
     x = np.array([[1.0, np.nan, np.inf, -np.inf, -2.0, 0.0]], np.float32)
     codes, scales = ops.quantize_fp8(x)
     assert scales.tolist() == [[np.float32(2.0) / np.float32(448)]]
-    np.testing.assert_allclose(
-        ops.dequantize_fp8(codes, scales)[0], [1.0, np.nan, 2.0, -2.0, -2.0, 0.0], rtol=0.04
-    )
+    np.testing.assert_allclose(ops.dequantize_fp8(codes, scales)[0], [1.0, np.nan, 2.0, -2.0, -2.0, 0.0], rtol=0.04)
 
 
 def empty_cache(kind: str, blocks: int, dim: int, value_dim: int | None) -> Any:
@@ -84,9 +80,7 @@ def empty_cache(kind: str, blocks: int, dim: int, value_dim: int | None) -> Any:
     st.lists(st.integers(-1, 191), unique_by=lambda s: s if s >= 0 else object(), max_size=40),
     st.integers(0, 2**32),
 )
-def test_latent_rows_come_back_from_their_slots(
-    kind: str, C: int, R: int, slots: list[int], seed: int
-) -> None:
+def test_latent_rows_come_back_from_their_slots(kind: str, C: int, R: int, slots: list[int], seed: int) -> None:
     rows = np.random.default_rng(seed).standard_normal((len(slots), C + R), np.float32)
     cache = empty_cache(kind, 3, C + R, C)
     ops.write_latent_cache(rows, cache, slots, value_dim=C)
@@ -235,9 +229,7 @@ def test_paged_selection_is_contiguous_selection_of_each_sequence(
     want = ops.index_scores_paged(q, weights, cache=cache, **batch.arguments, backend="reference")
     np.testing.assert_allclose(scores, want, rtol=1e-5, atol=1e-5)
     if kind == "float32":
-        reference_choice = ops.index_top_k_paged(
-            q, weights, k, cache=cache, **batch.arguments, backend="reference"
-        )
+        reference_choice = ops.index_top_k_paged(q, weights, k, cache=cache, **batch.arguments, backend="reference")
         np.testing.assert_array_equal(chosen, reference_choice)
 
 

@@ -55,17 +55,13 @@ class Arguments:
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
         if backend == "triton":
-            raise RuntimeError(
-                "backend: 'triton' needs CUDA tensors and GPU kernels, which this version does not have"
-            )
+            raise RuntimeError("backend: 'triton' needs CUDA tensors and GPU kernels, which this version does not have")
         self.backend = backend
         self.reference = backend == "reference"
         self.sizes: dict[str, int] = {}
         self._tensors = False
 
-    def take(
-        self, name: str, value: Any, dtypes: tuple[str, ...], shape: str, *, in_place: bool = False
-    ) -> View:
+    def take(self, name: str, value: Any, dtypes: tuple[str, ...], shape: str, *, in_place: bool = False) -> View:
         """Views `value`, whose dimensions are the letters of `shape` ("T, Hi, Di"; "..." for any).
 
         Raises ValueError for another type, dtype, rank or size; with `in_place`, also for strides that would
@@ -92,9 +88,7 @@ class Arguments:
             )
         return View(array if usable else np.require(array, requirements=("C", "A")), dtype)
 
-    def integers(
-        self, name: str, value: Any, shape: str, dtype: type[np.integer[Any]]
-    ) -> np.ndarray[Any, Any]:
+    def integers(self, name: str, value: Any, shape: str, dtype: type[np.integer[Any]]) -> np.ndarray[Any, Any]:
         """As `take`, for int32 or int64 (or a sequence of ints): converted to `dtype` if every value fits."""
         if isinstance(value, (list, tuple, range)):
             try:
@@ -140,15 +134,11 @@ class Arguments:
         if value.device.type != "cpu":
             if self.backend == "auto":
                 raise RuntimeError(f"{name}: is on {value.device}, but this version has no GPU kernels")
-            raise ValueError(
-                f"{name}: expected a CPU tensor for backend={self.backend!r}, got one on {value.device}"
-            )
+            raise ValueError(f"{name}: expected a CPU tensor for backend={self.backend!r}, got one on {value.device}")
         if value.layout is not torch.strided:
             raise ValueError(f"{name}: expected a strided tensor, got layout {value.layout}")
         if value.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name}: requires grad, but this operator has no backward; call it under torch.no_grad()"
-            )
+            raise ValueError(f"{name}: requires grad, but this operator has no backward; call it under torch.no_grad()")
         self._tensors = True
         dtype = str(value.dtype).removeprefix("torch.")
         value = value.detach()

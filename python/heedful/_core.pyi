@@ -25,9 +25,7 @@ def index(
     selected: bool,
     out: _Array,
 ) -> None: ...
-def check_batch(
-    queries: int, blocks: int, block_tables: _Array, seq_lens: _Array, query_start_loc: _Array
-) -> None: ...
+def check_batch(queries: int, blocks: int, block_tables: _Array, seq_lens: _Array, query_start_loc: _Array) -> None: ...
 def index_paged(
     q: _Array,
     weights: _Array,

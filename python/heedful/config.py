@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-MAX_CONFIG_BYTES = 16 * 2**20
-"""A larger config.json is refused unread."""
+MAX_CONFIG_BYTES = 4 * 2**20
+"""A larger config.json is refused unread: parsed, JSON takes up to 30 times its size."""
 
 _MAX_SIZE = 2**31 - 1  # no size of a model comes near; products of two fit in 64 bits
 _MAX_LAYERS = 10_000
 _MAX_EXPERTS = 65_536  # their tensors are listed one by one
+_MAX_NUMBER = 1e12  # so that no product or logarithm of settings leaves float32's range
+_MAX_NAMED = 10  # unknown keys named in one warning
 
 _DEFAULTS: dict[str, dict[str, int | float]] = {
     "deepseek_v32": {
@@ -92,14 +94,22 @@ _IGNORED = frozenset(
     (
         "_name_or_path", "architectures", "attention_dropout", "auto_map", "aux_loss_alpha",
         "chunk_size_feed_forward", "cross_attention_hidden_size", "dtype", "head_dim", "id2label",
-        "initializer_range", "is_decoder", "is_encoder_decoder", "keys_to_ignore_at_inference", "label2id",
-        "layer_types", "model_type", "num_key_value_heads", "num_nextn_predict_layers", "output_attentions",
-        "output_hidden_states", "output_router_logits", "pretraining_tp",
-        "problem_type", "qk_head_dim", "return_dict", "router_aux_loss_coef", "sep_token_id", "seq_aux",
-        "tie_encoder_decoder", "torch_dtype", "transformers_version", "use_bfloat16", "use_cache",
+        "index_share_for_mtp_iteration", "initializer_range", "is_decoder", "is_encoder_decoder",
+        "keys_to_ignore_at_inference", "label2id", "layer_types", "model_type", "moe_router_dtype",
+        "num_key_value_heads", "output_attentions", "output_hidden_states", "output_router_logits",
+        "pretraining_tp", "problem_type", "qk_head_dim", "return_dict", "router_aux_loss_coef", "sep_token_id",
+        "seq_aux", "tie_encoder_decoder", "torch_dtype", "transformers_version", "use_bfloat16", "use_cache",
     )
 )
 # fmt: on
+
+
+_YARN_KEYS = frozenset(
+    (
+        *("attention_factor", "beta_fast", "beta_slow", "factor", "mscale", "mscale_all_dim"),
+        *("original_max_position_embeddings", "truncate"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -139,6 +149,8 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
+    num_nextn_predict_layers: int
+    """Layers of the multi-token-prediction head, behind the model's own in the files and not run."""
     num_attention_heads: int
     q_lora_rank: int
     kv_lora_rank: int
@@ -215,6 +227,8 @@ class ModelConfig:
         """Checks the contents of a config.json; errors as for `from_file`."""
         if not isinstance(values, Mapping):
             raise ValueError(f"config.json: expected an object, got {type(values).__name__}")
+        if not all(isinstance(key, str) for key in values):
+            raise ValueError("config.json: expected keys that are strings")
         return _Reader(values).config()
 
 
@@ -233,7 +247,7 @@ class _Reader:
     def config(self) -> ModelConfig:
         for key, allowed in _FIXED.items():
             value = self.get(key)
-            if value is not None and value not in allowed:
+            if value is not None and (value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool)):
                 raise _error(key, " or ".join(repr(v) for v in allowed), value)
         sizes = {key: self.size(key, int(default)) for key, default in self.defaults.items() if key != "rms_norm_eps"}
         for alias in ("num_experts", "num_local_experts"):
@@ -246,6 +260,7 @@ class _Reader:
         config = ModelConfig(
             model_type=self.model_type,
             **sizes,
+            num_nextn_predict_layers=self.count("num_nextn_predict_layers", 1),
             routed_scaling_factor=self.number("routed_scaling_factor", 2.5),
             norm_topk_prob=self.boolean("norm_topk_prob", True),
             rms_norm_eps=self.number("rms_norm_eps", self.defaults["rms_norm_eps"]),
@@ -263,7 +278,9 @@ class _Reader:
         )
         _check_consistent(config)
         if unknown := sorted(set(self.values) - self.read - _IGNORED):
-            warnings.warn(f"config.json: unknown keys are ignored: {', '.join(unknown)}", stacklevel=4)
+            rest = f" and {len(unknown) - _MAX_NAMED} more" if len(unknown) > _MAX_NAMED else ""
+            names = ", ".join(reprlib.repr(key) for key in unknown[:_MAX_NAMED])
+            warnings.warn(f"config.json: unknown keys are ignored: {names}{rest}", stacklevel=4)
         return config
 
     def get(self, key: str) -> Any:
@@ -275,6 +292,10 @@ class _Reader:
         if value is None and key not in self.values:
             return default
         return _positive_int(key, value)
+
+    def count(self, key: str, default: int) -> int:
+        value = self.get(key)
+        return default if value is None else _count(key, value)
 
     def number(self, key: str, default: float) -> float:
         value = self.get(key)
@@ -292,23 +313,19 @@ class _Reader:
         value = self.get(key)
         if value is None:
             return default if key not in self.values else None
-        return _token_id(key, value)
+        return _count(key, value)
 
     def eos_token_ids(self) -> tuple[int, ...]:
         value = self.get("eos_token_id")
         if value is None:
             return () if "eos_token_id" in self.values else (1,)
         values = value if isinstance(value, list) else [value]
-        return tuple(_token_id("eos_token_id", v) for v in values)
+        return tuple(_count("eos_token_id", v) for v in values)
 
     def mlp_layer_types(self, layers: int) -> tuple[str, ...]:
-        dense = self.get("first_k_dense_replace")
-        types = self.get("mlp_layer_types")
+        dense, types = self.count("first_k_dense_replace", 3), self.get("mlp_layer_types")
         if types is not None:
             return _layer_types("mlp_layer_types", types, layers, ("dense", "sparse"))
-        dense = 3 if dense is None else dense
-        if isinstance(dense, bool) or not isinstance(dense, int) or dense < 0:
-            raise _error("first_k_dense_replace", "an integer of at least 0", dense)
         return tuple("dense" if layer < dense else "sparse" for layer in range(layers))
 
     def indexer_types(self, layers: int) -> tuple[str, ...]:
@@ -339,26 +356,31 @@ class _Reader:
         return tuple("full" if max(layer - offset + 1, 0) % freq == 0 else "shared" for layer in range(layers))
 
     def rope(self) -> RopeConfig:
-        """`rope_parameters` of newer checkpoints, or `rope_scaling` beside `rope_theta` of older ones."""
+        """`rope_parameters` of newer checkpoints, or `rope_scaling` beside `rope_theta` of older ones.
+
+        Where both are there, `rope_scaling` counts, as in transformers.
+        """
         new, old, theta = self.get("rope_parameters"), self.get("rope_scaling"), self.get("rope_theta")
-        key = "rope_scaling" if new is None else "rope_parameters"
-        values = old if new is None else new
-        values = {} if values is None else values
-        if not isinstance(values, Mapping):
-            raise _error(key, "an object", values)
+        for key, values in (("rope_parameters", new), ("rope_scaling", old)):
+            if values is not None and not isinstance(values, Mapping):
+                raise _error(key, "an object", values)
+        key, values = ("rope_scaling", old) if old else ("rope_parameters", new or {})
         rope = {name: value for name, value in values.items() if value is not None}
         rope_type = rope.pop("rope_type", rope.pop("type", "default"))
         rope.pop("type", None)
-        theta = _positive_number(f"{key}.rope_theta", rope.pop("rope_theta", 10000.0 if theta is None else theta))
+        theta_key = f"{key}.rope_theta" if "rope_theta" in rope else "rope_theta"
+        theta = _positive_number(theta_key, rope.pop("rope_theta", 10000.0 if theta is None else theta))
         if theta <= 1:
-            raise _error("rope_theta", "a number above 1", theta)
+            raise _error(theta_key, "a number above 1", theta)
         partial = rope.pop("partial_rotary_factor", 1.0)
-        if partial not in (1, 1.0):
+        if partial != 1 or isinstance(partial, bool):
             raise _error(f"{key}.partial_rotary_factor", "1", partial)
+        if rope_type not in ("default", "yarn"):
+            raise _error(f"{key}.rope_type", "default or yarn", rope_type)
+        if unknown := sorted(set(rope) - _YARN_KEYS):
+            raise ValueError(f"config.json: {key}: unknown setting {reprlib.repr(unknown[0])}")
         if rope_type == "default":
             return RopeConfig(theta)
-        if rope_type != "yarn":
-            raise _error(f"{key}.rope_type", "default or yarn", rope_type)
         truncate = rope.pop("truncate", True)
         if not isinstance(truncate, bool):
             raise _error(f"{key}.truncate", "true or false", truncate)
@@ -372,10 +394,11 @@ class _Reader:
         names = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
         numbers = {name: _number(f"{key}.{name}", rope.pop(name)) for name in names if name in rope}
         for name, value in numbers.items():
-            if value < 0 or (value == 0 and not name.startswith("mscale")):
-                raise _error(f"{key}.{name}", "a positive number", value)
-        if rope:
-            raise _error(f"{key}.{min(rope)}", "a known setting of YaRN", rope[min(rope)])
+            if value != 0 or not name.startswith("mscale"):
+                _positive_number(f"{key}.{name}", value)
+        fast, slow = numbers.get("beta_fast", RopeConfig.beta_fast), numbers.get("beta_slow", RopeConfig.beta_slow)
+        if fast < slow:
+            raise _error(f"{key}.beta_fast", f"at least beta_slow {slow}", fast)
         return RopeConfig(
             theta=theta,
             type="yarn",
@@ -390,7 +413,7 @@ class _Reader:
         value = self.get("torch_dtype") if value is None else value
         if value is None:
             return "bfloat16"
-        name = str(value).removeprefix("torch.")
+        name = value.removeprefix("torch.") if isinstance(value, str) else None
         if name not in ("float32", "bfloat16", "float16", "float8_e4m3fn"):
             raise _error("dtype", "float32, bfloat16, float16 or float8_e4m3fn", value)
         return name
@@ -406,7 +429,7 @@ class _Reader:
         if values.get("fmt", "e4m3") != "e4m3":
             raise _error("quantization_config.fmt", "e4m3", values["fmt"])
         size = values.get("weight_block_size", [128, 128])
-        if not isinstance(size, list) or len(size) != 2:
+        if not isinstance(size, (list, tuple)) or len(size) != 2:
             raise _error("quantization_config.weight_block_size", "two sizes", size)
         rows, columns = (_positive_int("quantization_config.weight_block_size", part) for part in size)
         return rows, columns
@@ -420,11 +443,13 @@ def _check_consistent(config: ModelConfig) -> None:
         raise _error("index_head_dim", f"at least qk_rope_head_dim {config.qk_rope_head_dim}", config.index_head_dim)
     if config.indexer_types[0] != "full":
         raise _error("indexer_types", "'full' for layer 0, which has no earlier selection to share", "shared")
-    for token_id in (*config.eos_token_ids, config.bos_token_id, config.pad_token_id):
-        if token_id is not None and token_id >= config.vocab_size:
-            raise _error(
-                "eos_token_id, bos_token_id, pad_token_id", f"ids below vocab_size {config.vocab_size}", token_id
-            )
+    for key, ids in (
+        ("eos_token_id", config.eos_token_ids),
+        ("bos_token_id", (config.bos_token_id,)),
+        ("pad_token_id", (config.pad_token_id,)),
+    ):
+        if above := [token_id for token_id in ids if token_id is not None and token_id >= config.vocab_size]:
+            raise _error(key, f"an id below vocab_size {config.vocab_size}", above[0])
     if "sparse" not in config.mlp_layer_types:
         return
     if config.n_routed_experts % config.n_group:
@@ -454,9 +479,9 @@ def _positive_int(key: str, value: object) -> int:
     return value
 
 
-def _token_id(key: str, value: object) -> int:
+def _count(key: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_SIZE:
-        raise _error(key, "a token id", value)
+        raise _error(key, f"an integer from 0 to {_MAX_SIZE}", value)
     return value
 
 
@@ -468,8 +493,8 @@ def _number(key: str, value: object) -> float:
 
 def _positive_number(key: str, value: object) -> float:
     number = _number(key, value)
-    if number <= 0:
-        raise _error(key, "a positive number", value)
+    if not 1 / _MAX_NUMBER <= number <= _MAX_NUMBER:
+        raise _error(key, f"a number from {1 / _MAX_NUMBER:g} to {_MAX_NUMBER:g}", value)
     return number
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 MAX_HEADER_BYTES = 100 * 2**20
 """The format's own limit."""
@@ -23,6 +25,9 @@ DTYPE_BYTES = {
     "I8": 1,
     "F8_E4M3": 1,
     "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1,
     "I16": 2,
     "U16": 2,
     "F16": 2,
@@ -33,8 +38,18 @@ DTYPE_BYTES = {
     "I64": 8,
     "U64": 8,
     "F64": 8,
+    "C64": 8,
 }
 """Size of an element by the format's name of its dtype."""
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 120
+
+
+def shown(value: object) -> str:
+    """A name or value from a file as messages show it: without control characters, and not without end."""
+    return _repr.repr(value)
 
 
 @dataclass(frozen=True)
@@ -67,12 +82,14 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             )
         text = stream.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_without_repeats)
+        header = json.loads(text.decode(), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file.name}: header: expected JSON: {error}") from error
     if not isinstance(header, dict):
         raise ValueError(f"{file.name}: header: expected an object, got {type(header).__name__}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{file.name}: __metadata__: expected an object of strings, got {shown(metadata)}")
     places = {name: _place(file, name, entry) for name, entry in header.items()}
     _check_cover(file, places, size - 8 - length)
     return {
@@ -85,7 +102,7 @@ def _place(file: Path, name: str, entry: object) -> tuple[int, int]:
     """A tensor's bytes in the data, checked against its shape and dtype."""
 
     def error(what: str, expected: str, got: object) -> ValueError:
-        return ValueError(f"{file.name}: tensor {name!r}: {what}: expected {expected}, got {str(got)[:80]}")
+        return ValueError(f"{file.name}: tensor {shown(name)}: {what}: expected {expected}, got {shown(got)}")
 
     if not isinstance(entry, dict):
         raise error("entry", "an object", entry)
@@ -107,12 +124,12 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
     values: dict[str, object] = {}
     for name, value in pairs:
         if name in values:
-            raise ValueError(f"{name!r} is there twice")
+            raise ValueError(f"{shown(name)} is there twice")
         values[name] = value
     return values
 
 
-def _is_sizes(values: object) -> bool:
+def _is_sizes(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(
         isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 for value in values
     )
@@ -124,10 +141,10 @@ def _check_cover(file: Path, places: dict[str, tuple[int, int]], nbytes: int) ->
     for name, (start, end) in sorted(places.items(), key=lambda item: item[1]):
         if end > nbytes:
             raise ValueError(
-                f"{file.name}: tensor {name!r}: data_offsets: expected at most {nbytes} bytes, got [{start}, {end}]"
+                f"{file.name}: tensor {shown(name)}: data_offsets: expected at most {nbytes}, got [{start}, {end}]"
             )
         if start != at:
-            raise ValueError(f"{file.name}: tensor {name!r}: data_offsets: expected to start at {at}, got {start}")
+            raise ValueError(f"{file.name}: tensor {shown(name)}: data_offsets: expected to start at {at}, got {start}")
         at = end
     if at != nbytes:
         raise ValueError(f"{file.name}: expected {at} bytes of data, got {nbytes}")

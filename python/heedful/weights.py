@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heedful.config import ModelConfig
-from heedful.safetensors_header import TensorInfo, read_header
+from heedful.safetensors_header import TensorInfo, read_header, shown
 
 if TYPE_CHECKING:
     import torch
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
-MAX_INDEX_BYTES = 256 * 2**20
-"""A larger index file is refused unread."""
+MAX_INDEX_BYTES = 64 * 2**20
+"""A larger index file is refused unread: those of published models take a fifth of it."""
 
 DEFAULT_BLOCK = (128, 128)
 """Rows and columns that share a scale where an FP8 checkpoint's configuration does not say."""
@@ -59,7 +59,7 @@ class Checkpoint:
         headers = {shard: read_header(self.directory / shard) for shard in sorted(set(weight_map.values()))}
         for name, shard in weight_map.items():
             if name not in headers[shard]:
-                raise ValueError(f"{INDEX_FILE}: tensor {name!r} is not in {shard}, where the index puts it")
+                raise ValueError(f"{INDEX_FILE}: tensor {shown(name)} is not in {shard}, where the index puts it")
             self.tensors[name] = headers[shard][name]
         for shard, header in headers.items():
             if stray := [name for name in header if weight_map.get(name) != shard]:
@@ -76,11 +76,15 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     weight_map = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{INDEX_FILE}: weight_map: expected an object of tensor names and files")
+    found: set[str] = set()
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-            raise ValueError(f"{INDEX_FILE}: tensor {name!r}: expected a safetensors file name, got {shard!r}")
-        if not (index.parent / shard).is_file():
-            raise FileNotFoundError(f"{INDEX_FILE}: tensor {name!r}: no file {shard} in {index.parent}")
+            raise ValueError(
+                f"{INDEX_FILE}: tensor {shown(name)}: expected a safetensors file name, got {shown(shard)}"
+            )
+        if shard not in found and not (index.parent / shard).is_file():
+            raise FileNotFoundError(f"{INDEX_FILE}: tensor {shown(name)}: no file {shard} in {index.parent}")
+        found.add(shard)
     return weight_map
 
 
@@ -159,7 +163,7 @@ def keep_float32(name: str) -> bool:
 def read_state(
     checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Reads a model's tensors one at a time, under the names of `tensor_shapes`.
+    """Reads a model's tensors one at a time, under the names of `tensor_shapes`. All are looked for at once.
 
     Args:
         checkpoint: the files.
@@ -167,45 +171,58 @@ def read_state(
         dtype: of every tensor that `keep_float32` does not name.
         device: where tensors go.
 
-    Yields:
-        Name and tensor.
+    Returns:
+        Names and tensors; each is read when the iterator comes to it.
 
     Raises:
-        ValueError: a tensor is missing, unknown, misshaped, of a dtype that cannot be read, or not finite. All but the
-            last are found before the first tensor is read.
+        ValueError: a tensor is missing, unknown, misshaped, of a dtype that cannot be read, or not finite. Only the
+            last is found while iterating.
     """
+    return _read(checkpoint, config, find_sources(checkpoint, config), dtype, device)
+
+
+def _read(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    sources: dict[str, list[str]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[tuple[str, torch.Tensor]]:
     import torch
     from safetensors import SafetensorError, safe_open
 
-    sources = find_sources(checkpoint, config)
     shapes = tensor_shapes(config)
     with ExitStack() as stack:
         opened: dict[Path, Any] = {}
 
-        def read(name: str) -> torch.Tensor:
+        def read(name: str, wanted: torch.dtype) -> torch.Tensor:
             info = checkpoint.tensors[name]
             try:
                 if info.file not in opened:
                     opened[info.file] = stack.enter_context(safe_open(info.file, framework="pt", device=str(device)))
                 tensor = opened[info.file].get_tensor(name)
             except SafetensorError as error:
-                raise ValueError(f"{info.file.name}: tensor {name!r}: {error}") from error
+                raise ValueError(f"{info.file.name}: tensor {shown(name)}: {error}") from error
             if info.dtype == "F8_E4M3":
-                tensor = dequantize_blocks(tensor, read(f"{name}_scale_inv"), config.weight_block_size)
-            if not bool(tensor.isfinite().all()):
-                raise ValueError(f"{info.file.name}: tensor {name!r}: expected finite numbers, got NaN or infinity")
+                scale = read(f"{name}_scale_inv", torch.float32)
+                tensor = dequantize_blocks(tensor, scale, config.weight_block_size)
+            tensor = tensor.to(wanted)
+            if not bool(tensor.isfinite().all()):  # after the conversion, which may overflow
+                raise ValueError(
+                    f"{info.file.name}: tensor {shown(name)}: expected finite numbers in {wanted}, got NaN or infinity"
+                )
             return tensor
 
         for name, parts in sources.items():
             wanted = torch.float32 if keep_float32(name) else dtype
             if parts == [name]:
-                yield name, read(name).to(wanted)
+                yield name, read(name, wanted)
                 continue
             # One by one into their place: the packed tensor and one expert are all that is held.
             packed = torch.empty(shapes[name], dtype=wanted, device=device)
             rows = packed.view(len(parts), -1, packed.shape[-1])
             for row, part in zip(rows, parts, strict=True):
-                row.copy_(read(part))
+                row.copy_(read(part, wanted))
             yield name, packed
 
 
@@ -256,7 +273,7 @@ def find_sources(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, list[
         raise ValueError(f"missing tensors: {_listed(missing)}")
     for name, shape in part_shapes.items():
         if tensors[name].shape != shape:
-            raise ValueError(f"tensor {name!r}: expected shape {list(shape)}, got {list(tensors[name].shape)}")
+            raise _error(tensors[name], name, f"shape {list(shape)}", list(tensors[name].shape))
     scales = _check_dtypes(tensors, part_shapes, config)
     extra = [
         name for name in tensors if name not in part_shapes and name not in scales and not _is_skipped(name, config)
@@ -275,16 +292,16 @@ def _check_dtypes(tensors: dict[str, TensorInfo], wanted: dict[str, tuple[int, .
             continue
         if dtype != "F8_E4M3" or len(shape) != 2:
             allowed = ", ".join(_FLOAT_DTYPES) + (" or F8_E4M3" if len(shape) == 2 else "")
-            raise ValueError(f"tensor {name!r}: expected dtype {allowed}, got {dtype}")
+            raise _error(tensors[name], name, f"dtype {allowed}", dtype)
         scale = f"{name}_scale_inv"
         if scale not in tensors:
-            raise ValueError(f"missing tensors: {scale} (of FP8 tensor {name})")
+            raise ValueError(f"missing tensors: {shown(scale)}, the scale of an FP8 tensor")
         rows, columns = config.weight_block_size or DEFAULT_BLOCK
         expected = (-(-shape[0] // rows), -(-shape[1] // columns))
         if tensors[scale].shape != expected:
-            raise ValueError(f"tensor {scale!r}: expected shape {list(expected)}, got {list(tensors[scale].shape)}")
+            raise _error(tensors[scale], scale, f"shape {list(expected)}", list(tensors[scale].shape))
         if tensors[scale].dtype not in _FLOAT_DTYPES:
-            raise ValueError(f"tensor {scale!r}: expected dtype {', '.join(_FLOAT_DTYPES)}, got {tensors[scale].dtype}")
+            raise _error(tensors[scale], scale, f"dtype {', '.join(_FLOAT_DTYPES)}", tensors[scale].dtype)
         scales.add(scale)
     return scales
 
@@ -308,15 +325,19 @@ def _expert_shape(name: str, config: ModelConfig) -> tuple[int, int]:
 
 
 def _is_skipped(name: str, config: ModelConfig) -> bool:
-    """Tensors that a checkpoint may hold and this model does not use: the MTP layer behind the last, RoPE's buffers."""
+    """Tensors a checkpoint may hold and this model does not use: the MTP layers behind the last, RoPE's buffers."""
     if name.endswith("rotary_emb.inv_freq"):
         return True
     if config.tie_word_embeddings and name == "lm_head.weight":
         return True
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
-    return layer is not None and int(layer[1]) == config.num_hidden_layers
+    layer = re.match(r"model\.layers\.(\d{1,9})\.", name)
+    return layer is not None and 0 <= int(layer[1]) - config.num_hidden_layers < config.num_nextn_predict_layers
 
 
 def _listed(names: list[str]) -> str:
     rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(map(shown, names[:_SHOWN])) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _error(info: TensorInfo, name: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"{info.file.name}: tensor {shown(name)}: expected {expected}, got {shown(got)}")

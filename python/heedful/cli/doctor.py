@@ -7,6 +7,7 @@ references. Status 0 means that the CPU path works.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import platform
 import subprocess
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from heedful.cli.report import bytes_text, print_json, print_section
+from heedful.memory import available_memory, total_memory
 
 _PACKAGES = ("numpy", "torch", "triton", "safetensors", "tqdm")
 _TORCH_EXTRA = "pip install 'heedful[torch]'"
+_NO_KERNELS = "this version has no GPU kernels"
 _MAX_ERROR = 1e-4
 """Largest difference between operators and references: float32 sums of a few hundred products stay far below."""
 
@@ -59,12 +62,14 @@ def examine() -> dict[str, Any]:
         },
         "machine": _machine(),
         "gpus": gpus,
-        "backend": _backend(gpus),
+        "backend": {"name": "cpu", "why": _NO_KERNELS if gpus else "torch sees no GPU; " + _NO_KERNELS},
         "checks": {
             "CPU operators": operators,
             "LLM, heedful.nn": torch,
             "checkpoints": _check_package("safetensors"),
             "built-in model": _check_builtin(),
+            "Triton": _check_triton(),
+            "GPU": _check_gpu(torch, gpus),
         },
     }
 
@@ -83,8 +88,8 @@ def _machine() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "usable_cores": len(affinity(0)) if affinity else os.cpu_count(),
-        "memory_bytes": _memory("MemTotal"),
-        "available_memory_bytes": _memory("MemAvailable"),
+        "memory_bytes": total_memory(),
+        "available_memory_bytes": available_memory(),
     }
 
 
@@ -99,22 +104,11 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()  # ARM kernels give no model name
 
 
-def _memory(field: str) -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-    except (OSError, StopIteration):
-        pass
-    if field != "MemTotal":
-        return None
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
+Status = Literal["ok", "missing", "failed", "unused"]
 
 
-def _check(status: Literal["ok", "missing", "failed"], detail: str) -> dict[str, str]:
-    return {"status": status, "detail": detail}
+def _check(status: Status, detail: str) -> dict[str, str]:
+    return {"status": status, "detail": " ".join(detail.split())}
 
 
 def _check_operators() -> dict[str, str]:
@@ -153,13 +147,17 @@ def _compare_with_references() -> dict[str, str]:
     error = max(float(np.abs(scores[seen] - wanted_scores[seen]).max() / largest), float(np.abs(out - wanted).max()))
     if not error <= _MAX_ERROR:
         return _check("failed", f"operators differ from the references by {error:.1e}")
-    return _check("ok", f"{_core.simd_level()}, {ops.get_num_threads()} threads; within {error:.0e} of the references")
+    simd = f"{_core.simd_level()} ({_reason('HEEDFUL_SIMD', 'the widest that this CPU has and heedful uses')})"
+    threads = f"{ops.get_num_threads()} threads ({_reason('HEEDFUL_NUM_THREADS', 'what the machine offers')})"
+    return _check("ok", f"{simd}, {threads}; within {error:.0e} of the references")
+
+
+def _reason(variable: str, default: str) -> str:
+    return f"set by {variable}" if variable in os.environ else default
 
 
 def _check_torch() -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Whether torch serves, and the GPUs it sees."""
-    if _version("torch") is None:
-        return _check("missing", f"torch is not installed: {_TORCH_EXTRA}"), []
     try:
         import torch
 
@@ -167,37 +165,54 @@ def _check_torch() -> tuple[dict[str, str], list[dict[str, Any]]]:
         if torch.cuda.is_available():
             for number in range(torch.cuda.device_count()):
                 properties = torch.cuda.get_device_properties(number)
-                capability = f"{properties.major}.{properties.minor}"
+                # ROCm's torch names AMD's architectures; NVIDIA's are streaming multiprocessor versions.
+                amd = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
+                architecture = amd or f"SM{properties.major}{properties.minor}"
                 gpus.append(
-                    {"name": properties.name, "memory_bytes": properties.total_memory, "capability": capability}
+                    {"name": properties.name, "memory_bytes": properties.total_memory, "architecture": architecture}
                 )
     except Exception as error:  # a torch that does not import or a driver that does not answer
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            return _check("missing", f"torch is not installed: {_TORCH_EXTRA}"), []
         return _check("failed", f"torch does not work: {type(error).__name__}: {error}"), []
     return _check("ok", f"torch {torch.__version__}, {torch.get_num_threads()} threads"), gpus
 
 
 def _check_package(name: str) -> dict[str, str]:
-    version = _version(name)
-    if version is None:
-        return _check("missing", f"{name} is not installed: {_TORCH_EXTRA}")
-    return _check("ok", f"{name} {version}")
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # it may be there and broken
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            return _check("missing", f"{name} is not installed: {_TORCH_EXTRA}")
+        return _check("failed", f"{name} does not work: {type(error).__name__}: {error}")
+    return _check("ok", f"{name} {_version(name)}")
 
 
 def _check_builtin() -> dict[str, str]:
-    from heedful import builtin
-    from heedful.cli.inspect import describe
-
-    path = builtin.path()
     try:
+        from heedful import builtin
+        from heedful.cli.inspect import describe
+
+        path = builtin.path()
         problems = describe(path)["problems"]
-    except (ValueError, OSError) as error:
-        problems = [str(error)]
+    except Exception as error:  # a package that was cut short
+        problems = [f"{type(error).__name__}: {error}"]
     return _check("failed", problems[0]) if problems else _check("ok", str(path))
 
 
-def _backend(gpus: list[dict[str, Any]]) -> dict[str, str]:
-    why = "this version has no GPU kernels" if gpus else "torch sees no GPU"
-    return {"name": "cpu", "why": why}
+def _check_triton() -> dict[str, str]:
+    version = _version("triton")
+    if version is None:
+        return _check("missing", f"triton is not installed, and not needed: {_NO_KERNELS}")
+    return _check("unused", f"triton {version} is installed; {_NO_KERNELS}")
+
+
+def _check_gpu(torch: dict[str, str], gpus: list[dict[str, Any]]) -> dict[str, str]:
+    if gpus:
+        return _check("unused", f"{_NO_KERNELS}: models and operators run on the CPU")
+    if torch["status"] != "ok":
+        return _check("missing", "nothing to look for one with: torch is not there")
+    return _check("missing", "torch sees none")
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -213,7 +228,7 @@ def _print(report: dict[str, Any]) -> None:
         "memory": f"{memory(machine['memory_bytes'])}, {memory(machine['available_memory_bytes'])} available",
     }
     for number, gpu in enumerate(report["gpus"]):
-        rows[f"gpu {number}"] = f"{gpu['name']}, {bytes_text(gpu['memory_bytes'])}, capability {gpu['capability']}"
+        rows[f"gpu {number}"] = f"{gpu['name']} ({gpu['architecture']}), {bytes_text(gpu['memory_bytes'])}"
     print_section("Machine", rows)
     print_section(
         "What works", {name: f"{check['status']:<9}{check['detail']}" for name, check in report["checks"].items()}

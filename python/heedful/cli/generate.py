@@ -5,10 +5,25 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from heedful import LLM, RequestOutput, SamplingParams
+
+MAX_PROMPT_BYTES = 64 * 2**20
+"""A longer prompt is refused: no context holds it."""
+
+
+MAX_THREADS = 1024
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Adds the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = isinstance(action.default, (int, float, str)) and not isinstance(action.default, bool)
+        told = told and action.default != argparse.SUPPRESS
+        return f"{action.help} (default: %(default)s)" if told else action.help
 
 
 def add_parser(subparsers: Any) -> None:
@@ -17,7 +32,8 @@ def add_parser(subparsers: Any) -> None:
         "generate",
         help="continue a prompt",
         description="Continue a prompt, printing the text as it comes. The measures go to standard error.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="Example: heedful generate 'The first thing to know is' --max-tokens 50 --temperature 0.7",
+        formatter_class=_HelpFormatter,
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("prompt", nargs="?", help="the prompt; without it and --file, standard input is read")
@@ -26,10 +42,16 @@ def add_parser(subparsers: Any) -> None:
     model.add_argument("--model", metavar="DIR", help="checkpoint directory (default: the small built-in model)")
     model.add_argument("--attention", choices=("sparse", "dense"), default="sparse", help="dense reads every key")
     model.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="weights and activations"
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of weights and activations; auto is the checkpoint's own",
     )
     model.add_argument(
-        "--kv-cache-dtype", choices=("auto", "float32", "bfloat16", "fp8"), default="auto", help="rows of the caches"
+        "--kv-cache-dtype",
+        choices=("auto", "float32", "bfloat16", "fp8"),
+        default="auto",
+        help="of the caches' rows; auto is that of the weights",
     )
     model.add_argument("--kv-cache-tokens", type=int, metavar="N", help="tokens the caches hold (default: what fits)")
     model.add_argument(
@@ -67,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
     import heedful
 
     if args.threads is not None:
+        if not 1 <= args.threads <= MAX_THREADS:
+            raise ValueError(f"--threads: expected 1 to {MAX_THREADS}, got {args.threads}")
         heedful.set_num_threads(args.threads)
         torch.set_num_threads(args.threads)
     params = heedful.SamplingParams(
@@ -98,15 +122,28 @@ def run(args: argparse.Namespace) -> int:
 
 def _read_prompt(args: argparse.Namespace) -> str:
     if args.file is not None:
-        try:
-            return args.file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--file: {args.file} is not UTF-8 text: {error}") from error
+        with args.file.open("rb") as stream:
+            return _text(f"--file: {args.file}", stream)
     if args.prompt is not None:
+        try:
+            args.prompt.encode()
+        except UnicodeEncodeError as error:  # bytes of the command line that are no text
+            raise ValueError(f"prompt: expected UTF-8 text: {error}") from error
         return args.prompt
     if sys.stdin.isatty():
         print("Type a prompt, then Ctrl-D:", file=sys.stderr)
-    return sys.stdin.read()
+    return _text("standard input", sys.stdin.buffer)
+
+
+def _text(name: str, stream: BinaryIO) -> str:
+    """All of a stream, as it is: line ends stay."""
+    content = stream.read(MAX_PROMPT_BYTES + 1)
+    if len(content) > MAX_PROMPT_BYTES:
+        raise ValueError(f"{name}: expected at most {MAX_PROMPT_BYTES} bytes")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: expected UTF-8 text: {error}") from error
 
 
 def _stream(llm: LLM, prompt: str, params: SamplingParams, *, progress: bool) -> RequestOutput:

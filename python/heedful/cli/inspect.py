@@ -15,7 +15,7 @@ from typing import Any
 
 from heedful.cli.report import bytes_text, count_text, print_json, print_section
 from heedful.config import ModelConfig
-from heedful.engine.cache_layout import KV_CACHE_DTYPES, bytes_per_token, cache_layout
+from heedful.engine.cache_layout import bytes_per_token, cache_layout, supported_cache_dtypes
 from heedful.weights import Checkpoint, find_sources, tensor_shapes
 
 # Which part of the model a tensor belongs to: the first that its name contains.
@@ -75,7 +75,7 @@ def describe(path: Path) -> dict[str, Any]:
         "path": str(path),
         "config": dataclasses.asdict(config),
         "parameters": _parameters(config),
-        "cache": {dtype: _cache(config, dtype) for dtype in KV_CACHE_DTYPES},
+        "cache": {dtype: _cache(config, dtype) for dtype in supported_cache_dtypes(config)},
         "files": {},
         "dtypes": {},
         "problems": [],

@@ -13,6 +13,9 @@ from heedful.config import ModelConfig
 BLOCK_SIZE = 64
 """Tokens in a block."""
 
+FP8_GROUP = 128
+"""e4m3 values that share a scale at most."""
+
 KVCacheDtype = Literal["float32", "bfloat16", "fp8"]
 KV_CACHE_DTYPES: tuple[KVCacheDtype, ...] = ("float32", "bfloat16", "fp8")
 
@@ -42,13 +45,20 @@ class CacheLayout:
     def latent_width(self) -> int:
         """Elements of a latent row: bytes for fp8 (656 for C = 512, R = 64)."""
         if self.kv_cache_dtype == "fp8":
-            return self.kv_lora_rank + 4 * -(-self.kv_lora_rank // 128) + 2 * self.qk_rope_head_dim
+            return self.kv_lora_rank + 4 * -(-self.kv_lora_rank // FP8_GROUP) + 2 * self.qk_rope_head_dim
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
     def index_width(self) -> int:
         """Elements of an index key: bytes for fp8 (132 for Di = 128)."""
         return self.index_head_dim + 4 if self.kv_cache_dtype == "fp8" else self.index_head_dim
+
+
+def supported_cache_dtypes(config: ModelConfig) -> tuple[KVCacheDtype, ...]:
+    """Formats a model's rows can have: FP8 rotates index keys by a Hadamard matrix and gives each a single scale."""
+    width = config.index_head_dim
+    fp8 = width <= FP8_GROUP and width & (width - 1) == 0
+    return tuple(dtype for dtype in KV_CACHE_DTYPES if fp8 or dtype != "fp8")
 
 
 def cache_layout(config: ModelConfig, kv_cache_dtype: KVCacheDtype) -> CacheLayout:

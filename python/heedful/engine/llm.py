@@ -7,24 +7,27 @@ import os
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from tqdm import tqdm
 
 from heedful import SchedulerConfig, Tokenizer
 from heedful.config import ModelConfig
-from heedful.engine.cache_layout import BLOCK_SIZE, KVCacheDtype, bytes_per_token
+from heedful.engine.cache_layout import BLOCK_SIZE, KVCacheDtype, bytes_per_token, supported_cache_dtypes
 from heedful.engine.caches import KVCaches
 from heedful.engine.engine import LLMEngine
 from heedful.engine.outputs import RequestOutput
 from heedful.engine.paged_attention import AttentionMode
 from heedful.engine.runner import ModelRunner
 from heedful.engine.sampling_params import SamplingParams
+from heedful.memory import available_memory, total_memory
 from heedful.models import load_model
 
 MEMORY_SHARE = 0.4
-"""Share of the free memory that the caches take when `kv_cache_tokens` is not given."""
+"""Share of the memory left beside the weights that the caches take when `kv_cache_tokens` is not given."""
+
+_MAX_OPTION = 2**31 - 1
 
 
 class TokensPrompt(TypedDict):
@@ -90,11 +93,12 @@ class LLM:
         path = _model_path(model)
         self.config = ModelConfig.from_file(path)
         self.dtype = _model_dtype(self.config, dtype)
-        cache_dtype = _cache_dtype(self.dtype, kv_cache_dtype)
+        cache_dtype = _cache_dtype(self.config, self.dtype, kv_cache_dtype)
         max_model_len = _model_len(self.config, max_model_len)
+        network = load_model(path, self.config, self.dtype, torch.device("cpu"))
         tokens = kv_cache_tokens or _tokens_that_fit(self.config, cache_dtype, max_model_len * max_num_seqs)
         num_blocks = -(-tokens // BLOCK_SIZE)
-        network = load_model(path, self.config, self.dtype, torch.device("cpu"))
+        _check_fits(num_blocks * BLOCK_SIZE * bytes_per_token(self.config, cache_dtype))
         self.tokenizer = Tokenizer.from_pretrained(path) if (path / "tokenizer.json").is_file() else None
         self.caches = KVCaches(self.config, num_blocks, cache_dtype, torch.device("cpu"))
         self.engine = LLMEngine(
@@ -174,10 +178,17 @@ def _model_dtype(config: ModelConfig, dtype: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
-def _cache_dtype(dtype: torch.dtype, kv_cache_dtype: str) -> KVCacheDtype:
+def _cache_dtype(
+    config: ModelConfig, dtype: torch.dtype, kv_cache_dtype: Literal["auto", "float32", "bfloat16", "fp8"]
+) -> KVCacheDtype:
     if kv_cache_dtype == "auto":
         return "float32" if dtype == torch.float32 else "bfloat16"
-    return kv_cache_dtype  # type: ignore[return-value]  # checked by the caller
+    if kv_cache_dtype not in supported_cache_dtypes(config):
+        raise ValueError(
+            f"kv_cache_dtype: fp8 needs an index_head_dim that is a power of two of at most 128, "
+            f"this model's is {config.index_head_dim}"
+        )
+    return kv_cache_dtype
 
 
 def _model_len(config: ModelConfig, max_model_len: int | None) -> int:
@@ -192,17 +203,27 @@ def _model_len(config: ModelConfig, max_model_len: int | None) -> int:
 
 def _tokens_that_fit(config: ModelConfig, kv_cache_dtype: KVCacheDtype, most: int) -> int:
     """Tokens in the caches: as many as could ever be used, or as a share of the free memory holds."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = available_memory()
+    if free is None:
+        raise ValueError("kv_cache_tokens: expected a number: this system does not tell its free memory")
     fit = int(free * MEMORY_SHARE) // bytes_per_token(config, kv_cache_dtype)
     if fit < BLOCK_SIZE:
         raise MemoryError(f"kv_cache_tokens: {free} free bytes hold no block of {BLOCK_SIZE} tokens")
     return min(most, fit // BLOCK_SIZE * BLOCK_SIZE)
 
 
+def _check_fits(size: int) -> None:
+    # The system gives cache pages when they are first written, so asking for too many would fail only then.
+    total = total_memory()
+    if total is not None and size > total:
+        raise MemoryError(f"kv_cache_tokens: the caches would take {size} bytes, this machine has {total}")
+
+
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[str | Sequence[int]]:
-    if isinstance(prompts, (str, dict)) or (len(prompts) > 0 and isinstance(prompts[0], Integral)):
-        prompts = [prompts]  # type: ignore[list-item]
-    return [p["prompt_token_ids"] if isinstance(p, dict) else p for p in prompts]  # type: ignore[misc]
+    given: Any = prompts
+    single = isinstance(given, (str, dict)) or (len(given) > 0 and isinstance(given[0], Integral))
+    items = [given] if single else list(given)
+    return [item["prompt_token_ids"] if isinstance(item, dict) else item for item in items]
 
 
 def _as_params(
@@ -227,3 +248,5 @@ def _check_positive(name: str, value: int | None) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    if value > _MAX_OPTION:
+        raise ValueError(f"{name}: expected at most {_MAX_OPTION}, got {value}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -43,7 +43,7 @@ class PagedAttention:
         self.layout = layout
         self.mode = mode
         self.index_topk = index_topk
-        self.pages = {
+        self.pages: dict[str, Any] = {
             "block_tables": layout.block_tables,
             "seq_lens": layout.seq_lens,
             "query_start_loc": layout.query_start_loc,
@@ -62,7 +62,7 @@ class PagedAttention:
         value_dim = mla.kv_lora_rank
         ops.write_latent_cache(rows, cache, self.layout.slot_mapping, value_dim=value_dim)
         query = mla.absorb_query(projection)
-        attend = {"scale": mla.scale, "value_dim": value_dim, "cache": cache, **self.pages}
+        attend: dict[str, Any] = {"scale": mla.scale, "value_dim": value_dim, "cache": cache, **self.pages}
         if self.mode == "dense":
             attended, _ = ops.dense_attention_paged(query, **attend)
             return mla.expand_value(attended), None
@@ -75,6 +75,7 @@ class PagedAttention:
     def _select(self, layer: int, index: IndexProjection) -> torch.Tensor:
         """Writes this step's index keys and picks each query's keys: int32 [N, K]."""
         cache = self.caches.index[layer]
+        assert cache is not None, f"layer {layer} has an indexer and no cache for its keys"
         query, key = index.query, index.key
         if self.caches.layout.kv_cache_dtype == "fp8":
             # The rotation leaves exact dot products unchanged and spreads outliers before e4m3 rounds them.

@@ -35,7 +35,9 @@ class ModelRunner:
             seq_lens=self._tensor(step.seq_lens),
             block_tables=self._tensor(step.block_tables),
         )
-        attention = PagedAttention(self.caches, layout, mode=self.attention, index_topk=self.model.config.index_topk)
+        # No query can read more keys than its sequence has: a wider selection would be padding.
+        index_topk = min(self.model.config.index_topk, int(step.seq_lens.max()))
+        attention = PagedAttention(self.caches, layout, mode=self.attention, index_topk=index_topk)
         return self.model.model(self._tensor(step.token_ids), self._tensor(step.positions), attention)
 
     @torch.inference_mode()

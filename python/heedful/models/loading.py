@@ -30,11 +30,13 @@ def load_model(path: Path, config: ModelConfig, dtype: torch.dtype, device: torc
         ValueError: a file is damaged, or a tensor is missing, unknown, misshaped or not finite; the message names it.
         FileNotFoundError: a file is missing.
     """
+    state = read_state(Checkpoint(path), config, dtype, device)
+    # From here on the configuration's sizes are those of tensors that are there.
     with torch.device("meta"):
         model = DSAForCausalLM(config)
     # Not part of the checkpoint, so it must not stay on the meta device.
     model.model.rotary_emb = RotaryEmbedding(config.rope, config.qk_rope_head_dim).to(device)
-    for name, tensor in read_state(Checkpoint(path), config, dtype, device):
+    for name, tensor in state:
         owner_name, _, attribute = name.rpartition(".")
         owner = model.get_submodule(owner_name)
         if attribute in owner._buffers:

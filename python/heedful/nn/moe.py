@@ -92,14 +92,14 @@ class Experts(nn.Module):
         nn.init.normal_(self.down_proj, std=intermediate_size**-0.5)
 
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """x [N, D] -> the weighed sum of each token's experts [N, D].
+        """x [N, D] -> the weighed sum of each token's experts [N, D], summed in float32.
 
         Tokens are grouped by expert, so each expert that is hit runs two matrix products and the others cost nothing.
         """
         top_k = routing.experts.shape[-1]
         order = routing.experts.flatten().argsort(stable=True)
         counts = routing.experts.flatten().bincount(minlength=self.gate_up_proj.shape[0]).tolist()
-        out = torch.zeros_like(x)
+        out = torch.zeros_like(x, dtype=torch.float32)
         start = 0
         for expert, count in enumerate(counts):
             if count == 0:
@@ -109,8 +109,8 @@ class Experts(nn.Module):
             tokens = slots // top_k
             gate, up = F.linear(x[tokens], self.gate_up_proj[expert]).chunk(2, dim=-1)
             y = F.linear(F.silu(gate) * up, self.down_proj[expert])
-            out = out.index_add(0, tokens, y * routing.weights.flatten()[slots, None].to(y.dtype))
-        return out
+            out = out.index_add(0, tokens, y * routing.weights.flatten()[slots, None])
+        return out.to(x.dtype)
 
 
 class MoE(nn.Module):

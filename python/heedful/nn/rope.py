@@ -85,7 +85,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def apply_rope(x: torch.Tensor, rope: Rope, *, interleaved: bool) -> torch.Tensor:
-    """Rotates the first R dimensions of x; the rest passes through.
+    """Rotates the first R dimensions of x; the rest passes through. Computed in float32 or wider, rounded once.
 
     Args:
         x: [..., heads, width] with width >= R.
@@ -95,7 +95,7 @@ def apply_rope(x: torch.Tensor, rope: Rope, *, interleaved: bool) -> torch.Tenso
     Returns:
         A tensor of x's shape and dtype. The layout of the pairs is kept.
     """
-    cos, sin = (part.unsqueeze(-2).to(x.dtype) for part in rope)
+    cos, sin = (part.unsqueeze(-2) for part in rope)  # float32: products of x with them are at least that wide
     dim = 2 * cos.shape[-1]
     rotated, passed = x[..., :dim], x[..., dim:]
     if interleaved:
@@ -104,4 +104,5 @@ def apply_rope(x: torch.Tensor, rope: Rope, *, interleaved: bool) -> torch.Tenso
     else:
         a, b = rotated.chunk(2, dim=-1)
         rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    rotated = rotated.to(x.dtype)
     return torch.cat((rotated, passed), dim=-1) if passed.shape[-1] else rotated

@@ -217,9 +217,7 @@ def _paged(
     scale = _scale(scale)
     out, lse = _outputs(query, width)
     if not call.reference:
-        _core.attention_paged(
-            query.data, _data(chosen), pages.data, *tables, scale, width, _data(sinks), out, lse
-        )
+        _core.attention_paged(query.data, _data(chosen), pages.data, *tables, scale, width, _data(sinks), out, lse)
         return call.give(out, query.dtype), call.give(lse, "float32")
     wide, s = np.zeros(out.shape), _float64(sinks)
     numbers = pages.float64() if pages.dtype != "uint8" else pages.data
@@ -229,9 +227,7 @@ def _paged(
         if chosen is None:
             wide[rows], lse[rows] = reference.dense_attention(part, kv, scale, None, width, None, s)
         else:
-            wide[rows], lse[rows] = reference.sparse_attention(
-                part, kv, chosen.data[rows], scale, width, None, s
-            )
+            wide[rows], lse[rows] = reference.sparse_attention(part, kv, chosen.data[rows], scale, width, None, s)
     return call.give(wide, query.dtype), call.give(lse, "float32")
 
 

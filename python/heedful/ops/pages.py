@@ -42,9 +42,7 @@ def write_latent_cache(latent: A, cache: A, slot_mapping: Any, *, value_dim: int
     rows = call.take("latent", latent, FLOATS, "N, Dk")
     width = integer("value_dim", value_dim, 1, call.size("Dk"))
     pages = storage(call, cache, call.size("Dk"), width)
-    _core.write_cache(
-        rows.data, pages.data, call.integers("slot_mapping", slot_mapping, "N", np.int64), width
-    )
+    _core.write_cache(rows.data, pages.data, call.integers("slot_mapping", slot_mapping, "N", np.int64), width)
 
 
 def write_index_cache(keys: A, cache: A, slot_mapping: Any) -> None:
@@ -119,9 +117,7 @@ def dequantize_fp8(codes: A, scales: A, *, group_size: int = 128, backend: str =
     *lead, D = code.shape or (0,)
     if not code.shape or scale.shape != (*lead, -(-D // group)):
         expected = [*lead, -(-D // group)]
-        raise ValueError(
-            f"scales: expected float32 {expected} for codes {list(code.shape)}, got {list(scale.shape)}"
-        )
+        raise ValueError(f"scales: expected float32 {expected} for codes {list(code.shape)}, got {list(scale.shape)}")
     if call.reference:
         return call.give(reference.dequantize_fp8(code.data, scale.data, group), "float32")
     out = np.empty(code.shape, np.float32)
@@ -142,9 +138,7 @@ def storage(call: Arguments, cache: Any, dim: int, value_dim: int | None) -> Vie
     return call.take("cache", cache, _STORAGE, shape, in_place=True)
 
 
-def paged_arguments(
-    call: Arguments, pages: View, block_tables: Any, seq_lens: Any, query_start_loc: Any
-) -> Batch:
+def paged_arguments(call: Arguments, pages: View, block_tables: Any, seq_lens: Any, query_start_loc: Any) -> Batch:
     """Views a ragged batch and checks it against the N queries and the pages.
 
     Raises ValueError for lengths that contradict each other and for a needed block outside the cache.
