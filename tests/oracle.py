@@ -6,6 +6,7 @@ indexer, layers that share a selection, dense and MoE layers; index_topk is far 
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,22 @@ def greedy(model: Any, token_ids: list[int], count: int) -> list[int]:
         pad_token_id=0,
     )
     return out[0, len(token_ids) :].tolist()
+
+
+@torch.no_grad()
+def is_decisive(model: Any, token_ids: list[int], repeats: int = 4) -> bool:
+    """Whether no choice on the way (selected key, expert, next token) hangs on rounding.
+
+    A near-tie may be broken either way by a sum in another order, and what follows is then another text. Weights moved
+    by some millionths of themselves move every score by more than rounding does; the choices must hold.
+    """
+    expected = logprobs(model, token_ids)
+    generator = torch.Generator().manual_seed(0)
+    moved = copy.deepcopy(model)
+    for _ in range(repeats):
+        for parameter, original in zip(moved.parameters(), model.parameters(), strict=True):
+            noise = torch.randn(original.shape, generator=generator)
+            parameter.copy_(original * (1 + 4e-6 * noise))
+        if not torch.allclose(logprobs(moved, token_ids), expected, rtol=0, atol=1e-3):
+            return False
+    return True
