@@ -85,6 +85,11 @@ def test_a_draw_does_not_depend_on_the_rows_beside_it(seed: int, others: list[in
     assert sample(logits, states)[place] == alone[0]
 
 
+def test_large_seeds_keep_their_bits() -> None:
+    seeds = (2**63 - 1, 2**63, 2**63 + 1, 2**64 - 2, 2**64 - 1)
+    assert len({state(seed=seed).uniform() for seed in seeds}) == len(seeds)
+
+
 def test_the_completions_of_a_request_and_its_places_draw_differently() -> None:
     numbers = set()
     for index in range(4):

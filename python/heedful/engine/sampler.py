@@ -36,7 +36,9 @@ class SamplingState:
         Computing a request anew after a preemption therefore repeats its draws, and batching cannot change them.
         """
         place = self.output_counts.total()
-        bits = np.random.Philox(key=[self.seed, self.index], counter=[place, 0, 0, 0])
+        # Arrays, because NumPy makes floats of a list that holds an integer of 2^63 or more beside a small one.
+        key, counter = np.array([self.seed, self.index], np.uint64), np.array([place, 0, 0, 0], np.uint64)
+        bits = np.random.Philox(key=key, counter=counter)
         return float(np.random.Generator(bits).random())
 
 
