@@ -1,7 +1,7 @@
 """Builds the training text of the built-in model from documentation and public-domain novels that Debian carries.
 
 Downloads the packages by name with apt-get, unpacks them, turns HTML into plain text and writes one JSON line a
-document: `train.jsonl` and `heldout.jsonl`. Whole documents are held out, by name. Needs beautifulsoup4, lxml and rdata.
+document: `train.jsonl` and `heldout.jsonl`. Whole documents are held out, by name. Needs beautifulsoup4, lxml, rdata.
 """
 
 from __future__ import annotations
@@ -42,11 +42,14 @@ HELD_OUT = {
     "rust/edition-guide",
 }
 
-_BLOCKS = frozenset(
-    "address article aside blockquote body caption dd details div dl dt figure footer form h1 h2 h3 h4 h5 h6 header hr "
-    "li main nav ol p pre section summary table tbody td th thead tr ul".split()
-)
-_DROPPED = frozenset("script style nav button svg img form noscript".split())
+# fmt: off
+_BLOCKS = frozenset((
+    "address", "article", "aside", "blockquote", "body", "caption", "dd", "details", "div", "dl", "dt", "figure",
+    "footer", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "ol", "p", "pre", "section", "summary",
+    "table", "tbody", "td", "th", "thead", "tr", "ul",
+))
+_DROPPED = frozenset(("script", "style", "nav", "button", "svg", "img", "form", "noscript"))
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,9 @@ def postgresql(root: Path) -> Iterator[Document]:
     while page:
         soup = parse(pages / page)
         body = soup.body
-        if body.find("div", class_=["chapter", "appendix", "refentry", "preface", "part", "reference"], recursive=False):
+        if body.find(
+            "div", class_=["chapter", "appendix", "refentry", "preface", "part", "reference"], recursive=False
+        ):
             if parts:
                 yield Document("postgresql", f"postgresql/{name}", "\n\n".join(parts))
             name, parts = page, []
@@ -139,7 +144,9 @@ def sphinx(source: str, pages: Path, folders: Iterable[str]) -> Iterator[Documen
         for path in sorted((pages / folder).rglob("*.html")):
             soup = parse(path)
             main = soup.find(attrs={"role": "main"}) or soup.find(class_="yui-b") or soup.body
-            for useless in main.select(".toctree-wrapper, .contents, .topic, .linenos, .sphinxsidebar, [role=navigation]"):
+            for useless in main.select(
+                ".toctree-wrapper, .contents, .topic, .linenos, .sphinxsidebar, [role=navigation]"
+            ):
                 useless.decompose()
             yield Document(source, f"{source}/{path.relative_to(pages)}", html_text(main))
 
@@ -155,7 +162,9 @@ def sqlite(root: Path) -> Iterator[Document]:
         if skipped.match(path.stem) and path.stem != "partialindex":
             continue
         body = parse(path).body
-        for useless in body.select(".nosearch, .menu, .fancy_toc, .fancy_title + .fancy_toc, [class*=toc], .imgcontainer"):
+        for useless in body.select(
+            ".nosearch, .menu, .fancy_toc, .fancy_title + .fancy_toc, [class*=toc], .imgcontainer"
+        ):
             useless.decompose()
         yield Document("sqlite", f"sqlite/{path.name}", html_text(body))
 
