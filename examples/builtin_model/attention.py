@@ -21,11 +21,16 @@ CHUNK = 512
 class WarmUpAttention:
     """Dense attention; the indexer learns its distribution over all earlier tokens.
 
+    Args:
+        chunks: chunks of queries that the indexer learns from in a pass, chosen at random; the loss costs more than
+            the model's own forward pass.
+
     Attributes:
-        losses: KL a token of each layer of the last forward pass.
+        losses: KL a query of each layer of the last forward pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, chunks: int = 4) -> None:
+        self.chunks = chunks
         self.losses: list[float] = []
 
     def __call__(
@@ -44,14 +49,17 @@ class WarmUpAttention:
         assert index is not None
         leaves = index_leaves(index)
         tokens, total = key.shape[1], 0.0
-        for start in range(0, tokens, CHUNK):
+        starts = range(0, tokens, CHUNK)
+        chosen = torch.randperm(len(starts))[: self.chunks].tolist()
+        queries = sum(min(CHUNK, tokens - starts[i]) for i in chosen)
+        for start in (starts[i] for i in chosen):
             stop = min(start + CHUNK, tokens)
             future = torch.ones(stop - start, stop, dtype=torch.bool).triu(start + 1)
             with torch.no_grad():
                 logits = (query[:, start:stop] @ key[:, :stop].mT).mul_(mla.scale).masked_fill_(future, float("-inf"))
                 target = logits.softmax(-1).mean(0)
             scores = index_scores(leaves, start, stop).masked_fill(future, float("-inf"))
-            loss = kl(target, scores) / tokens
+            loss = kl(target, scores) / queries
             loss.backward()
             total += float(loss.detach())
         accumulate(mla, index, leaves)

@@ -1,7 +1,7 @@
 """Builds the training text of the built-in model from documentation and public-domain novels that Debian carries.
 
 Downloads the packages by name with apt-get, unpacks them, turns HTML into plain text and writes one JSON line a
-document: `train.jsonl` and `heldout.jsonl`. Whole documents are held out, by name. Needs beautifulsoup4, lxml and rdata.
+document: `train.jsonl` and `heldout.jsonl`. Whole documents are held out, by name. Needs beautifulsoup4, lxml, rdata.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import rdata
 from bs4 import BeautifulSoup, NavigableString, Tag
 
-PACKAGES = ("postgresql-doc-15", "python3.11-doc", "sqlite3-doc", "rust-doc", "python-django-doc", "r-cran-janeaustenr")
+PACKAGES = ("postgresql-doc-15", "python3.11-doc", "sqlite3-doc", "r-cran-janeaustenr")
 MIN_CHARS = 1500  # shorter documents are stubs and redirections
 
 HELD_OUT = {
@@ -37,16 +37,16 @@ HELD_OUT = {
     "python/howto/logging.html",
     "python/library/argparse.html",
     "python/library/asyncio-task.html",
-    "django/topics/db/transactions.html",
-    "django/topics/http/sessions.html",
-    "rust/edition-guide",
 }
 
-_BLOCKS = frozenset(
-    "address article aside blockquote body caption dd details div dl dt figure footer form h1 h2 h3 h4 h5 h6 header hr "
-    "li main nav ol p pre section summary table tbody td th thead tr ul".split()
-)
-_DROPPED = frozenset("script style nav button svg img form noscript".split())
+# fmt: off
+_BLOCKS = frozenset((
+    "address", "article", "aside", "blockquote", "body", "caption", "dd", "details", "div", "dl", "dt", "figure",
+    "footer", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "ol", "p", "pre", "section", "summary",
+    "table", "tbody", "td", "th", "thead", "tr", "ul",
+))
+_DROPPED = frozenset(("script", "style", "nav", "button", "svg", "img", "form", "noscript"))
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,9 @@ def postgresql(root: Path) -> Iterator[Document]:
     while page:
         soup = parse(pages / page)
         body = soup.body
-        if body.find("div", class_=["chapter", "appendix", "refentry", "preface", "part", "reference"], recursive=False):
+        if body.find(
+            "div", class_=["chapter", "appendix", "refentry", "preface", "part", "reference"], recursive=False
+        ):
             if parts:
                 yield Document("postgresql", f"postgresql/{name}", "\n\n".join(parts))
             name, parts = page, []
@@ -133,15 +135,15 @@ def postgresql(root: Path) -> Iterator[Document]:
         yield Document("postgresql", f"postgresql/{name}", "\n\n".join(parts))
 
 
-def sphinx(source: str, pages: Path, folders: Iterable[str]) -> Iterator[Document]:
-    """Pages of a manual made by Sphinx."""
-    for folder in folders:
+def python(root: Path) -> Iterator[Document]:
+    """The manual's pages, without the C interface and the change lists."""
+    pages = root / "usr/share/doc/python3.11/html"
+    for folder in ("tutorial", "howto", "faq", "library", "reference", "using", "extending", "installing"):
         for path in sorted((pages / folder).rglob("*.html")):
-            soup = parse(path)
-            main = soup.find(attrs={"role": "main"}) or soup.find(class_="yui-b") or soup.body
-            for useless in main.select(".toctree-wrapper, .contents, .topic, .linenos, .sphinxsidebar, [role=navigation]"):
+            main = parse(path).find(attrs={"role": "main"})
+            for useless in main.select(".toctree-wrapper, .contents, .topic"):
                 useless.decompose()
-            yield Document(source, f"{source}/{path.relative_to(pages)}", html_text(main))
+            yield Document("python", f"python/{path.relative_to(pages)}", html_text(main))
 
 
 def sqlite(root: Path) -> Iterator[Document]:
@@ -155,17 +157,11 @@ def sqlite(root: Path) -> Iterator[Document]:
         if skipped.match(path.stem) and path.stem != "partialindex":
             continue
         body = parse(path).body
-        for useless in body.select(".nosearch, .menu, .fancy_toc, .fancy_title + .fancy_toc, [class*=toc], .imgcontainer"):
+        for useless in body.select(
+            ".nosearch, .menu, .fancy_toc, .fancy_title + .fancy_toc, [class*=toc], .imgcontainer"
+        ):
             useless.decompose()
         yield Document("sqlite", f"sqlite/{path.name}", html_text(body))
-
-
-def rust(root: Path) -> Iterator[Document]:
-    """The books, each as one document."""
-    pages = root / "usr/share/doc/rust-doc/html"
-    books = ("book", "reference", "nomicon", "rust-by-example", "rustc", "rustdoc", "embedded-book", "edition-guide")
-    for book in books:
-        yield Document("rust", f"rust/{book}", html_text(parse(pages / book / "print.html").main))
 
 
 def novels(root: Path) -> Iterator[Document]:
@@ -183,14 +179,10 @@ def novels(root: Path) -> Iterator[Document]:
 
 def documents(unpacked: Path) -> Iterator[Document]:
     """Every document of every package."""
-    python_folders = ("tutorial", "howto", "faq", "library", "reference", "using", "extending", "installing")
     yield from novels(unpacked / "r-cran-janeaustenr")
     yield from postgresql(unpacked / "postgresql-doc-15")
     yield from sqlite(unpacked / "sqlite3-doc")
-    yield from rust(unpacked / "rust-doc")
-    yield from sphinx("python", unpacked / "python3.11-doc/usr/share/doc/python3.11/html", python_folders)
-    django = unpacked / "python-django-doc/usr/share/doc/python-django-doc/html"
-    yield from sphinx("django", django, ("intro", "topics", "howto", "ref", "faq", "misc", "internals"))
+    yield from python(unpacked / "python3.11-doc")
 
 
 def without_repeats(docs: Iterable[Document]) -> Iterator[Document]:

@@ -83,3 +83,4 @@ def save(model: DSAForCausalLM, folder: Path) -> None:
         if name != "lm_head.weight"  # tied to the embedding
     }
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable to its owner alone
