@@ -65,9 +65,9 @@ def test_the_demo_document_and_its_continuation_fit_the_context(model: DSAForCau
 def test_the_tokenizer_covers_the_embedding_and_every_byte(model: DSAForCausalLM, tokenizer: Tokenizer) -> None:
     assert tokenizer.get_vocab_size() == model.config.vocab_size
     assert [tokenizer.id_to_token(i) for i in range(3)] == [
-        "<｜begin▁of▁sentence｜>",  # noqa: RUF001
-        "<｜end▁of▁sentence｜>",  # noqa: RUF001
-        "<｜▁pad▁｜>",  # noqa: RUF001
+        "<｜begin▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>",
+        "<｜▁pad▁｜>",
     ]
     text = "Zwölf Boxkämpfer: 東京 🙂\x00\r\n\t0123456789 " + "".join(map(chr, range(1, 300)))
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
