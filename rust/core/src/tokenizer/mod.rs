@@ -1,6 +1,8 @@
 //! Byte-level BPE: text to ids and back, with the ids of Hugging Face tokenizers.
 //!
-//!     text ─▶ added tokens ─▶ normalizer ─▶ pre-tokenizer ─▶ BPE ─▶ ids ─▶ bytes ─▶ UTF-8 stream ─▶ text
+//! ```text
+//! text ─▶ added tokens ─▶ normalizer ─▶ pre-tokenizer ─▶ BPE ─▶ ids ─▶ bytes ─▶ UTF-8 stream ─▶ text
+//! ```
 //!
 //! `hugging_face` reads tokenizer.json, `tiktoken` files of ranks. What would not give exactly the reference's ids is
 //! refused when it is loaded, with a message that names it.
