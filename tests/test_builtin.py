@@ -74,12 +74,12 @@ def test_the_tokenizer_covers_the_embedding_and_every_byte(model: DSAForCausalLM
 
 
 @torch.no_grad()
-def test_transformers_reads_the_same_model(model: DSAForCausalLM) -> None:
+@pytest.mark.parametrize("count", [50, 128, 400])  # 128 are selected
+def test_transformers_reads_the_same_model(model: DSAForCausalLM, tokenizer: Tokenizer, count: int) -> None:
     theirs = DeepseekV32ForCausalLM.from_pretrained(builtin.path(), dtype=torch.float32).eval()
-    # As many tokens as are selected: beyond, the two may choose otherwise among keys with equal scores.
-    count = model.config.index_topk
-    ids = torch.randint(3, model.config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
-    ours = model(ids, torch.arange(count)[None], FullSequenceAttention("sparse", index_topk=count))
+    ids = torch.tensor([tokenizer.encode(DEMO.read_text()).ids[:count]])
+    attention = FullSequenceAttention("sparse", index_topk=model.config.index_topk)
+    ours = model(ids, torch.arange(count)[None], attention)
     torch.testing.assert_close(ours, theirs(ids).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -89,4 +89,4 @@ def test_it_has_learnt(model: DSAForCausalLM, tokenizer: Tokenizer, mode: str) -
     ids = torch.tensor([tokenizer.encode(DEMO.read_text()).ids[:1500]])
     attention: Attention = FullSequenceAttention(mode, index_topk=model.config.index_topk)  # type: ignore[arg-type]
     logits = model(ids[:, :-1], torch.arange(1499)[None], attention)
-    assert math.exp(F.cross_entropy(logits[0], ids[0, 1:])) < 120  # random weights give about 4096
+    assert math.exp(F.cross_entropy(logits[0], ids[0, 1:])) < 100  # random weights give about 4096
