@@ -97,3 +97,31 @@ def test_token_ids_may_be_an_array_of_any_kind(checkpoint: Path) -> None:
     expected = tokens(llm)
     for ids in (torch.tensor(PROMPT), torch.tensor(PROMPT).numpy(), tuple(PROMPT)):
         assert llm.generate([ids], GREEDY, progress=False)[0].outputs[0].token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("stored", "capability", "memory", "expected"),
+    [
+        ("bfloat16", "AVX512", 2**40, torch.bfloat16),
+        ("bfloat16", "AVX2", 2**40, torch.float32),
+        ("bfloat16", "AVX2", 2**20, torch.bfloat16),
+        ("bfloat16", "AVX2", None, torch.bfloat16),
+        ("float32", "AVX512", 2**20, torch.float32),
+    ],
+)
+def test_dtype_auto_is_the_checkpoints_unless_the_cpu_lacks_bfloat16_and_memory_is_ample(
+    stored: str,
+    capability: str,
+    memory: int | None,
+    expected: torch.dtype,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    path = rewritten(checkpoint, tmp_path, dtype=stored)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm_module, "total_memory", lambda: memory)
+        patch.setattr(llm_module, "_check_fits", lambda size: None)
+        llm = LLM(path, kv_cache_tokens=64)
+    assert llm.dtype == expected

@@ -157,7 +157,7 @@ def _stream(llm: LLM, prompt: str, params: SamplingParams, *, progress: bool) ->
     while True:
         (output,) = engine.step()
         if progress and bar is None:
-            bar = tqdm(total=len(output.prompt_token_ids), desc="Reading", unit="token", leave=False)
+            bar = tqdm(total=len(output.prompt_token_ids), desc="Reading", unit="token", leave=False, disable=None)
         if bar is not None and output.metrics.first_token_time is None:
             bar.update(output.metrics.computed_tokens - bar.n)
         elif bar is not None:

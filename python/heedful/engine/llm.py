@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Sequence
 from numbers import Integral
@@ -23,11 +24,16 @@ from heedful.engine.runner import ModelRunner
 from heedful.engine.sampling_params import SamplingParams
 from heedful.memory import available_memory, total_memory
 from heedful.models import load_model
+from heedful.weights import tensor_shapes
 
 MEMORY_SHARE = 0.4
 """Share of the memory left beside the weights that the caches take when `kv_cache_tokens` is not given."""
 
 _MAX_OPTION = 2**31 - 1
+
+
+FLOAT32_SHARE = 0.25
+"""Share of all memory that bfloat16 weights may take as float32 where that is quicker."""
 
 
 class TokensPrompt(TypedDict):
@@ -45,7 +51,8 @@ class LLM:
     Args:
         model: directory with config.json, safetensors and (for text) tokenizer.json; None takes the built-in model.
         device: "auto" or "cpu".
-        dtype: "float32", "bfloat16" or "auto", the checkpoint's own.
+        dtype: "float32", "bfloat16" or "auto": the checkpoint's own, but float32 where the CPU has no bfloat16 products
+            (AVX2 alone) and float32 weights take at most a quarter of the memory.
         kv_cache_dtype: "float32", "bfloat16", "fp8" or "auto", the model's dtype.
         kv_cache_tokens: tokens the caches hold; None takes what fits in a share of the free memory.
         max_model_len: longest prompt and output together; None takes the model's trained context.
@@ -174,8 +181,18 @@ def _model_path(model: str | os.PathLike[str] | None) -> Path:
 
 def _model_dtype(config: ModelConfig, dtype: str) -> torch.dtype:
     if dtype == "auto":
-        dtype = "float32" if config.dtype == "float32" else "bfloat16"
+        widened = config.dtype == "float32" or _float32_is_quicker(config)
+        dtype = "float32" if widened else "bfloat16"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def _float32_is_quicker(config: ModelConfig) -> bool:
+    """Whether the CPU has no bfloat16 products (torch's are then several times slower) and float32 weights fit well."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX2":
+        return False
+    weights = 4 * sum(math.prod(shape) for shape in tensor_shapes(config).values())
+    memory = total_memory()
+    return memory is not None and weights <= FLOAT32_SHARE * memory
 
 
 def _cache_dtype(
