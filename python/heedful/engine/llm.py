@@ -29,11 +29,10 @@ from heedful.weights import tensor_shapes
 MEMORY_SHARE = 0.4
 """Share of the memory left beside the weights that the caches take when `kv_cache_tokens` is not given."""
 
-_MAX_OPTION = 2**31 - 1
-
-
 FLOAT32_SHARE = 0.25
 """Share of all memory that bfloat16 weights may take as float32 where that is quicker."""
+
+_MAX_OPTION = 2**31 - 1
 
 
 class TokensPrompt(TypedDict):

@@ -92,7 +92,6 @@ impl Bpe {
             if vocabulary.id_of_bytes(bytes) != Some(id) {
                 return false;
             }
-            scratch.ids.clear();
             all_whole || {
                 let mut ids = Vec::new();
                 bpe.merge(bytes, scratch, &mut ids);

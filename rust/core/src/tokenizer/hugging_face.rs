@@ -263,7 +263,7 @@ struct Split {
     #[serde(rename = "type")]
     _kind: String,
     pattern: SplitPattern,
-    behavior: SplitBehavior,
+    behavior: Behavior,
     #[serde(default)]
     invert: bool,
 }
@@ -272,15 +272,6 @@ struct Split {
 enum SplitPattern {
     String(String),
     Regex(String),
-}
-
-#[derive(Deserialize)]
-enum SplitBehavior {
-    Isolated,
-    Removed,
-    MergedWithPrevious,
-    MergedWithNext,
-    Contiguous,
 }
 
 #[derive(Deserialize)]
@@ -336,16 +327,9 @@ impl Steps {
                     SplitPattern::String(text) => Pattern::literal(&text),
                     SplitPattern::Regex(regex) => Pattern::regex(&regex, Dialect::Oniguruma),
                 };
-                let behavior = match split.behavior {
-                    SplitBehavior::Isolated => Behavior::Isolated,
-                    SplitBehavior::Removed => Behavior::Removed,
-                    SplitBehavior::MergedWithPrevious => Behavior::MergedWithPrevious,
-                    SplitBehavior::MergedWithNext => Behavior::MergedWithNext,
-                    SplitBehavior::Contiguous => Behavior::Contiguous,
-                };
                 let pattern =
                     pattern.map_err(|construct| unsupported(format!("{place}.pattern"), construct))?;
-                self.steps.push(Step::Split { pattern, behavior, invert: split.invert });
+                self.steps.push(Step::Split { pattern, behavior: split.behavior, invert: split.invert });
             }
             "Digits" => {
                 let digits: Digits = settings(component, place)?;

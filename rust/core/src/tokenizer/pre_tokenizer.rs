@@ -5,11 +5,12 @@
 use std::ops::Range;
 
 use regex_automata::meta::Cache;
+use serde::Deserialize;
 
 use crate::tokenizer::pattern::Pattern;
 
 /// What becomes of a pattern's matches and of the text between them. Names and meanings are those of tokenizer.json.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub enum Behavior {
     /// Each match and each text between is a piece.
     Isolated,
