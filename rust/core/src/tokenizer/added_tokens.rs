@@ -9,7 +9,7 @@ use std::sync::LazyLock;
 
 use aho_corasick::{AhoCorasick, MatchKind};
 use regex_automata::meta::Regex;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::tokenizer::error::{Result, TokenizerError, invalid};
 
@@ -17,7 +17,7 @@ static BEGINS_WITH_WORD: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\A\w").
 static ENDS_WITH_WORD: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\w\z").expect("a valid pattern"));
 
 /// An entry of tokenizer.json's `added_tokens`, and its flags.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AddedToken {
     /// Its id.
@@ -48,6 +48,8 @@ pub enum AllowedSpecial<'a> {
     None,
     /// All, with Hugging Face's ids.
     All,
+    /// None, and a text with one in it is refused.
+    Error,
     /// Those named here.
     These(&'a HashSet<String>),
 }
@@ -57,8 +59,8 @@ pub enum AllowedSpecial<'a> {
 pub enum Section {
     /// No added token is in it.
     Text(Range<usize>),
-    /// An added token's id.
-    Token(u32),
+    /// An added token's id, and where it stands.
+    Token(u32, Range<usize>),
 }
 
 /// The added tokens of a file.
@@ -91,18 +93,13 @@ impl AddedTokens {
         })
     }
 
-    /// In the order of the file.
-    pub fn iter(&self) -> impl Iterator<Item = &AddedToken> {
-        self.tokens.iter()
-    }
-
     /// The same tokens, cut down to those named.
     pub fn only(&self, names: &HashSet<String>, normalize: impl Fn(&str) -> String) -> Result<Self> {
         let known = |name: &&String| !self.tokens.iter().any(|token| token.content == **name);
         if let Some(unknown) = names.iter().find(known) {
             return Err(TokenizerError::Argument {
                 name: "allowed_special",
-                expected: "\"none\", \"all\" or a set of this tokenizer's added tokens".into(),
+                expected: "\"none\", \"all\", \"error\" or a set of this tokenizer's added tokens".into(),
                 got: format!("{unknown:?}"),
             });
         }
@@ -156,7 +153,7 @@ impl Finder {
             if at < start {
                 sections.push(Section::Text(at..start));
             }
-            sections.push(Section::Token(token.id));
+            sections.push(Section::Token(token.id, start..end));
             at = end;
         }
         if at < text.len() {
@@ -178,7 +175,7 @@ mod tests {
         let added = AddedTokens::new(tokens, str::to_owned).unwrap();
         let show = |section| match section {
             Section::Text(range) => text[range].to_owned(),
-            Section::Token(id) => id.to_string(),
+            Section::Token(id, _) => id.to_string(),
         };
         added.split_raw(text).into_iter().map(show).collect()
     }
@@ -207,7 +204,7 @@ mod tests {
         let added = AddedTokens::new(vec![token("<a>", 1), token("<b>", 2)], str::to_owned).unwrap();
         let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
         let only = added.only(&names(&["<b>"]), str::to_owned).unwrap();
-        assert_eq!(only.split_raw("<a><b>"), [Section::Text(0..3), Section::Token(2)]);
+        assert_eq!(only.split_raw("<a><b>"), [Section::Text(0..3), Section::Token(2, 3..6)]);
         assert!(added.only(&names(&["<c>"]), str::to_owned).is_err());
     }
 }

@@ -1,12 +1,14 @@
-//! Byte pair encoding of one piece: join the neighbours of lowest rank, leftmost first, until no pair has a rank.
+//! Byte pair encoding of one piece.
+//!
+//! The definition: join the neighbours of lowest rank, leftmost first, until no pair has a rank. Where merges are ordered
+//! (see `merges`), the same tokens are found from left to right: take the longest token that is compatible with the one
+//! before, go back where nothing fits. A position from which the end cannot be reached is never tried twice, so the work is
+//! linear; should a piece need unusually many steps after all, or merges be unordered, a heap does it in O(n log n).
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use rayon::prelude::*;
-use rustc_hash::FxHashMap;
-
-use crate::tokenizer::error::{Result, invalid};
+use crate::tokenizer::merges::{Merges, Pair};
 use crate::tokenizer::vocabulary::Vocabulary;
 
 /// Longer pieces use a heap; up to here looking through all ranks is quicker.
@@ -14,22 +16,10 @@ const SHORT: usize = 64;
 const NO_RANK: u32 = u32::MAX;
 const END: u32 = u32::MAX;
 
-/// A pair's rank and what it becomes.
-#[derive(Clone, Copy)]
-struct Merge {
-    rank: u32,
-    id: u32,
-}
+/// Steps a byte that the walk may take; real text needs less than one.
+const MAX_STEPS: usize = 8;
 
-/// The merges of a vocabulary.
-pub struct Bpe {
-    merges: FxHashMap<(u32, u32), Merge>,
-    byte_ids: [u32; 256],
-    /// By id: whether a piece of this token's bytes is this token, so that no merge is needed.
-    whole: Vec<bool>,
-}
-
-/// Working memory of [`Bpe::encode`]: the symbols of a piece as a doubly linked list.
+/// Working memory: the symbols of a piece as a doubly linked list, and the dead ends of a walk.
 #[derive(Default)]
 pub struct Scratch {
     ids: Vec<u32>,
@@ -37,109 +27,121 @@ pub struct Scratch {
     next: Vec<u32>,
     previous: Vec<u32>,
     heap: BinaryHeap<Reverse<(u32, u32)>>,
+    dead: Vec<u64>,
 }
 
-impl Bpe {
-    /// From a file's merges, in order of rank. With `ignore_merges` a piece that is a token is that token in any case.
-    pub fn from_merges<'m>(
-        vocabulary: &Vocabulary,
-        merges: impl Iterator<Item = (&'m str, &'m str)>,
-        ignore_merges: bool,
-        place: &str,
-    ) -> Result<Self> {
-        let mut table = FxHashMap::default();
-        table.reserve(merges.size_hint().0);
-        let mut joined = String::new();
-        for (rank, (left, right)) in merges.enumerate() {
-            let known = |token: &str| {
-                vocabulary.id_of_string(token).filter(|_| !token.is_empty()).ok_or_else(|| {
-                    let place = format!("{place}[{rank}]");
-                    invalid(place, "two tokens of the vocabulary that join to a third", format!("{token:?}"))
-                })
-            };
-            joined.clear();
-            joined.extend([left, right]);
-            let merge = Merge { rank: rank as u32, id: known(&joined)? };
-            table.insert((known(left)?, known(right)?), merge);
+impl Scratch {
+    /// Gives back what an unusually long piece took.
+    pub fn shrink(&mut self, symbols: usize) {
+        if self.ids.capacity().max(self.dead.capacity()) > symbols {
+            *self = Self::default();
         }
-        Ok(Self::new(vocabulary, table, ignore_merges))
+    }
+}
+
+/// The model: tokens and merges.
+#[derive(Clone, Copy)]
+pub struct Bpe<'i> {
+    /// The tokens.
+    pub vocabulary: Vocabulary<'i>,
+    /// What neighbours become.
+    pub merges: Merges<'i>,
+}
+
+impl Bpe<'_> {
+    /// Appends the ids of one piece, which is not empty.
+    #[inline]
+    pub fn encode(&self, piece: &[u8], scratch: &mut Scratch, out: &mut Vec<u32>) {
+        match self.vocabulary.piece(piece) {
+            Some(id) => out.push(id),
+            None => self.merge(piece, scratch, out),
+        }
     }
 
-    /// From token ranks: any two neighbours whose bytes together are a token may be joined, at that token's rank.
-    pub fn from_ranks(vocabulary: &Vocabulary) -> Self {
-        let mut table = FxHashMap::default();
-        for id in vocabulary.ids() {
-            let bytes = vocabulary.bytes(id);
-            for cut in 1..bytes.len() {
-                let (left, right) = bytes.split_at(cut);
-                if let (Some(left), Some(right)) =
-                    (vocabulary.id_of_bytes(left), vocabulary.id_of_bytes(right))
-                {
-                    table.insert((left, right), Merge { rank: id, id });
-                }
-            }
+    /// Appends the ids that merges make of a piece.
+    pub fn merge(&self, piece: &[u8], scratch: &mut Scratch, out: &mut Vec<u32>) {
+        let before = out.len();
+        if self.merges.are_ordered() && self.walk(piece, &mut scratch.dead, out) {
+            return;
         }
-        Self::new(vocabulary, table, true)
+        out.truncate(before);
+        self.join(piece, scratch, out);
     }
 
-    fn new(vocabulary: &Vocabulary, merges: FxHashMap<(u32, u32), Merge>, all_whole: bool) -> Self {
-        let byte_ids = std::array::from_fn(|byte| {
-            vocabulary.id_of_bytes(&[byte as u8]).expect("the vocabulary has every byte")
-        });
-        let mut bpe = Self { merges, byte_ids, whole: Vec::new() };
-        let is_whole = |scratch: &mut Scratch, id: u32| {
-            let bytes = vocabulary.bytes(id);
-            if vocabulary.id_of_bytes(bytes) != Some(id) {
+    /// From left to right; false, with something appended, if that took too many steps.
+    fn walk(&self, piece: &[u8], dead: &mut Vec<u64>, out: &mut Vec<u32>) -> bool {
+        let before = out.len();
+        let is_dead = |dead: &[u64], at: usize| dead.get(at / 64).is_some_and(|word| word >> (at % 64) & 1 == 1);
+        dead.clear();
+        let mut steps = piece.len() * MAX_STEPS + 64;
+        let mut at = 0;
+        let mut limit = usize::MAX;
+        while at < piece.len() {
+            if steps == 0 {
                 return false;
             }
-            all_whole || {
-                let mut ids = Vec::new();
-                bpe.merge(bytes, scratch, &mut ids);
-                ids == [id]
+            steps -= 1;
+            if let Some((id, len)) = self.vocabulary.longest(piece, at, limit) {
+                let fits = out.len() == before
+                    || self.merges.compatible(out[out.len() - 1], id, NO_RANK);
+                if fits && !is_dead(dead, at + len) {
+                    out.push(id);
+                    at += len;
+                    limit = usize::MAX;
+                } else {
+                    limit = len - 1;
+                }
+                continue;
             }
-        };
-        let ids = 0..vocabulary.len() as u32;
-        bpe.whole = ids.into_par_iter().map_init(Scratch::default, is_whole).collect();
-        bpe
-    }
-
-    /// Appends the ids of one piece.
-    #[inline]
-    pub fn encode(&self, vocabulary: &Vocabulary, piece: &[u8], scratch: &mut Scratch, out: &mut Vec<u32>) {
-        match vocabulary.id_of_bytes(piece) {
-            // Added tokens lie behind the model's: a piece of plain text never becomes one.
-            Some(id) if self.whole.get(id as usize).is_some_and(|&whole| whole) => out.push(id),
-            _ => self.merge(piece, scratch, out),
+            // No token fits here: what led here was wrong, whatever comes behind.
+            if dead.is_empty() {
+                dead.resize(piece.len() / 64 + 1, 0);
+            }
+            dead[at / 64] |= 1 << (at % 64);
+            if out.len() == before {
+                return false; // each piece has an encoding, so this is a damaged table
+            }
+            let Some(id) = out.pop() else { return false };
+            let len = self.vocabulary.bytes(id).len();
+            at -= len;
+            limit = len - 1;
         }
+        true
     }
 
-    fn merge(&self, piece: &[u8], scratch: &mut Scratch, out: &mut Vec<u32>) {
+    /// By the definition.
+    fn join(&self, piece: &[u8], scratch: &mut Scratch, out: &mut Vec<u32>) {
         debug_assert!(piece.len() < END as usize, "links are u32; Tokenizer::encode refuses longer texts");
         let Scratch { ids, ranks, .. } = scratch;
         ids.clear();
-        ids.extend(piece.iter().map(|&byte| self.byte_ids[usize::from(byte)]));
+        ids.extend(piece.iter().map(|&byte| self.merges.byte_id(byte)));
         ranks.clear();
         ranks.extend(ids.windows(2).map(|pair| self.rank(pair[0], pair[1])));
         if piece.len() <= SHORT {
-            self.merge_short(scratch)
+            self.join_short(scratch)
         } else {
-            self.merge_long(scratch)
+            self.join_long(scratch)
         }
         out.extend_from_slice(&scratch.ids);
     }
 
     fn rank(&self, left: u32, right: u32) -> u32 {
-        self.merges.get(&(left, right)).map_or(NO_RANK, |merge| merge.rank)
+        self.merges.find(left, right).map_or(NO_RANK, |pair| pair.rank)
+    }
+
+    fn joined(&self, left: u32, right: u32) -> u32 {
+        let Pair { id, .. } = self.merges.find(left, right).expect("a pair with a rank");
+        id
     }
 
     /// `ranks[i]` is that of symbols i and i + 1.
-    fn merge_short(&self, scratch: &mut Scratch) {
+    fn join_short(&self, scratch: &mut Scratch) {
         let Scratch { ids, ranks, .. } = scratch;
         while let Some((at, &rank)) = ranks.iter().enumerate().min_by_key(|&(_, &rank)| rank) {
             if rank == NO_RANK {
                 break;
             }
-            ids[at] = self.merges[&(ids[at], ids[at + 1])].id;
+            ids[at] = self.joined(ids[at], ids[at + 1]);
             ids.remove(at + 1);
             ranks.remove(at);
             if at > 0 {
@@ -152,8 +154,8 @@ impl Bpe {
     }
 
     /// The same in O(n log n). A heap entry whose rank is no longer its symbol's is stale.
-    fn merge_long(&self, scratch: &mut Scratch) {
-        let Scratch { ids, ranks, next, previous, heap } = scratch;
+    fn join_long(&self, scratch: &mut Scratch) {
+        let Scratch { ids, ranks, next, previous, heap, .. } = scratch;
         let len = ids.len() as u32;
         ranks.push(NO_RANK);
         next.clear();
@@ -169,7 +171,7 @@ impl Bpe {
                 continue;
             }
             let right = next[left] as usize;
-            ids[left] = self.merges[&(ids[left], ids[right])].id;
+            ids[left] = self.joined(ids[left], ids[right]);
             next[left] = next[right];
             ranks[right] = NO_RANK;
             if next[left] != END {
@@ -200,72 +202,192 @@ impl Bpe {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tokenizer::build;
+    use crate::tokenizer::merges::MergesTables;
+    use crate::tokenizer::vocabulary::{TokenList, VocabularyTables};
     use proptest::prelude::*;
 
-    /// The bytes, and merges of a few of them in an order that makes pieces of every length.
-    fn small() -> (Vocabulary, Bpe) {
-        let merges =
-            [("a", "b"), ("b", "c"), ("a", "a"), ("ab", "ab"), ("aa", "b"), ("bc", "a"), ("abab", "abab")];
-        let bytes = (0..=255u8).map(|byte| crate::tokenizer::byte_level::string_of(&[byte]));
-        let tokens: Vec<String> =
-            bytes.chain(merges.iter().map(|(left, right)| format!("{left}{right}"))).collect();
-        let strings = tokens.iter().zip(0..).map(|(token, id)| (token.as_str(), id));
-        let vocabulary = Vocabulary::from_strings(strings, "vocab").unwrap();
-        let bpe = Bpe::from_merges(&vocabulary, merges.into_iter(), false, "merges").unwrap();
-        (vocabulary, bpe)
-    }
+    struct Tables(VocabularyTables, MergesTables);
 
-    /// The definition: look for the lowest rank again and again.
-    fn by_definition(bpe: &Bpe, piece: &[u8]) -> Vec<u32> {
-        let mut ids: Vec<u32> = piece.iter().map(|&byte| bpe.byte_ids[usize::from(byte)]).collect();
-        loop {
-            let pairs = ids.windows(2).enumerate();
-            let ranked =
-                pairs.filter_map(|(at, pair)| bpe.merges.get(&(pair[0], pair[1])).map(|merge| (at, *merge)));
-            let Some((at, merge)) = ranked.min_by_key(|&(at, merge)| (merge.rank, at)) else { return ids };
-            ids.splice(at..at + 2, [merge.id]);
+    impl Tables {
+        /// The bytes, what merges make of them, and a token that nothing makes.
+        fn new(merges: &[(&str, &str)]) -> Self {
+            let mut tokens = TokenList::new("vocab");
+            let mut id = 0;
+            let mut push = |bytes: &[u8]| {
+                tokens.push_bytes(bytes, id).unwrap();
+                id += 1;
+            };
+            (0..=255u8).for_each(|byte| push(&[byte]));
+            for (index, (left, right)) in merges.iter().enumerate() {
+                let joined = [left.as_bytes(), right.as_bytes()].concat();
+                let earlier = &merges[..index];
+                if !earlier.iter().any(|(left, right)| [left.as_bytes(), right.as_bytes()].concat() == joined) {
+                    push(&joined);
+                }
+            }
+            push(b"never");
+            let mut vocabulary = VocabularyTables::new(tokens, 0).unwrap();
+            let id = |bytes: &str| vocabulary.view().id_of_bytes(bytes.as_bytes()).unwrap();
+            let merges: Vec<_> = merges
+                .iter()
+                .map(|(left, right)| (id(left), id(right), id(&format!("{left}{right}"))))
+                .collect();
+            let merges = MergesTables::new(&vocabulary.view(), &merges, "merges").unwrap();
+            build::set_uses(&mut vocabulary, &merges, false).unwrap();
+            Self(vocabulary, merges)
+        }
+
+        fn from_ranks(tokens: &[&str]) -> Self {
+            let mut list = TokenList::new("ranks");
+            (0..=255u8).for_each(|byte| list.push_bytes(&[byte], byte.into()).unwrap());
+            tokens.iter().zip(256..).for_each(|(token, id)| list.push_bytes(token.as_bytes(), id).unwrap());
+            let mut vocabulary = VocabularyTables::new(list, 0).unwrap();
+            let merges = build::merges_of_ranks(&vocabulary.view()).unwrap();
+            build::set_uses(&mut vocabulary, &merges, true).unwrap();
+            Self(vocabulary, merges)
+        }
+
+        fn bpe(&self) -> Bpe<'_> {
+            Bpe { vocabulary: self.0.view(), merges: self.1.view() }
+        }
+
+        fn encode(&self, piece: &[u8]) -> Vec<u32> {
+            let mut ids = vec![7];
+            self.bpe().encode(piece, &mut Scratch::default(), &mut ids);
+            ids.split_off(1)
+        }
+
+        /// The definition: look for the lowest rank again and again.
+        fn by_definition(&self, piece: &[u8]) -> Vec<u32> {
+            let bpe = self.bpe();
+            let mut ids: Vec<u32> = piece.iter().map(|&byte| bpe.merges.byte_id(byte)).collect();
+            loop {
+                let pairs = ids.windows(2).enumerate();
+                let ranked = pairs.filter_map(|(at, pair)| Some((at, bpe.merges.find(pair[0], pair[1])?)));
+                let Some((at, merge)) = ranked.min_by_key(|&(at, merge)| (merge.rank, at)) else { return ids };
+                ids.splice(at..at + 2, [merge.id]);
+            }
         }
     }
 
+    /// In an order that makes pieces of every length, long ones of "a" too.
+    const ORDERED: [(&str, &str); 13] = [
+        ("a", "b"),
+        ("b", "c"),
+        ("a", "a"),
+        ("ab", "ab"),
+        ("aa", "b"),
+        ("bc", "a"),
+        ("aa", "aa"),
+        ("abab", "abab"),
+        ("aaaa", "aaaa"),
+        ("c", " "),
+        ("aaaaaaaa", "aaaaaaaa"),
+        ("bca", "bca"),
+        ("aaaaaaaaaaaaaaaa", "ab"),
+    ];
+
     proptest! {
-        /// On both sides of the length where the heap takes over.
+        /// On both sides of the lengths where a window ends and where the heap takes over.
         #[test]
-        fn merging_is_by_definition(piece in prop::collection::vec(prop::sample::select(&b"aaabbc "[..]), 0..200)) {
-            let (vocabulary, bpe) = small();
-            let mut ids = vec![7];
-            bpe.encode(&vocabulary, &piece, &mut Scratch::default(), &mut ids);
-            prop_assert_eq!(&ids[1..], by_definition(&bpe, &piece));
+        fn merging_is_by_definition(piece in prop::collection::vec(prop::sample::select(&b"aaaabbc "[..]), 1..200)) {
+            let tables = Tables::new(&ORDERED);
+            prop_assert!(tables.bpe().merges.are_ordered());
+            let expected = tables.by_definition(&piece);
+            prop_assert_eq!(tables.encode(&piece), &expected[..]);
+            let mut ids = Vec::new();
+            tables.bpe().join(&piece, &mut Scratch::default(), &mut ids);
+            prop_assert_eq!(ids, expected);
+        }
+
+        /// Any merges at all: made twice, out of order, never made.
+        #[test]
+        fn merging_is_by_definition_whatever_the_merges(
+            picks in prop::collection::vec((0usize..40, 0usize..40), 1..25),
+            piece in prop::collection::vec(prop::sample::select(&b"aabc"[..]), 1..80),
+            shuffle in any::<prop::sample::Index>(),
+        ) {
+            let mut made = vec!["a".to_owned(), "b".to_owned(), "c".to_owned()];
+            let mut merges = Vec::new();
+            for (left, right) in picks {
+                let (left, right) = (made[left % made.len()].clone(), made[right % made.len()].clone());
+                if left.len() + right.len() < 40 {
+                    made.push(format!("{left}{right}"));
+                    merges.push((left, right));
+                }
+            }
+            let swap = shuffle.index(merges.len() * 3);
+            if swap < merges.len() {
+                merges.swap(0, swap);
+            }
+            let merges: Vec<_> = merges.iter().map(|(left, right)| (&left[..], &right[..])).collect();
+            let tables = Tables::new(&merges);
+            prop_assert_eq!(tables.encode(&piece), tables.by_definition(&piece));
+        }
+
+        /// tiktoken's definition: join the neighbours that are the token of lowest rank.
+        #[test]
+        fn ranks_join_any_two_neighbours_that_are_a_token(
+            tokens in prop::collection::hash_set("[abc]{2,6}", 1..25),
+            piece in "[abc]{1,40}",
+        ) {
+            let tokens: Vec<&str> = tokens.iter().map(String::as_str).collect();
+            let tables = Tables::from_ranks(&tokens);
+            let id = |bytes: &str| match bytes.len() {
+                1 => Some(u32::from(bytes.as_bytes()[0])),
+                _ => tokens.iter().zip(256..).find(|(token, _)| **token == bytes).map(|(_, id)| id),
+            };
+            let mut parts: Vec<String> = piece.chars().map(String::from).collect();
+            while let Some((_, at)) = (1..parts.len())
+                .filter_map(|at| Some((id(&[&parts[at - 1][..], &parts[at]].concat())?, at)))
+                .min()
+            {
+                let right = parts.remove(at);
+                parts[at - 1].push_str(&right);
+            }
+            let expected = match id(&piece) {
+                Some(whole) => vec![whole],
+                None => parts.iter().map(|part| id(part).unwrap()).collect(),
+            };
+            prop_assert_eq!(tables.encode(piece.as_bytes()), expected);
         }
     }
 
     #[test]
     fn a_token_that_merges_do_not_make_is_never_taken_whole() {
-        let (vocabulary, bpe) = small();
+        let tables = Tables::new(&ORDERED);
         // "aab": a a b merges as a (ab), for ab ranks before aa.
-        let whole = vocabulary.id_of_bytes(b"aab").unwrap();
-        let mut ids = Vec::new();
-        bpe.encode(&vocabulary, b"aab", &mut Scratch::default(), &mut ids);
-        assert_ne!(ids, [whole]);
-        assert_eq!(ids, by_definition(&bpe, b"aab"));
+        let whole = tables.0.view().id_of_bytes(b"aab").unwrap();
+        assert_ne!(tables.encode(b"aab"), [whole]);
+        assert_eq!(tables.encode(b"never"), tables.by_definition(b"never"));
+        assert_eq!(tables.encode(b"never").len(), 5);
     }
 
     #[test]
-    fn ranks_join_any_two_tokens_that_are_one() {
-        let mut tokens: Vec<(Vec<u8>, u32)> = (0..=255u8).map(|byte| (vec![byte], u32::from(byte))).collect();
-        tokens.extend([
-            (b"bc".to_vec(), 256),
-            (b"ab".to_vec(), 257),
-            (b"abc".to_vec(), 258),
-            (b"zz".to_vec(), 259),
-        ]);
-        let vocabulary = Vocabulary::from_bytes(tokens, "ranks").unwrap();
-        let bpe = Bpe::from_ranks(&vocabulary);
-        for (piece, expected) in
-            [(&b"abc"[..], vec![258]), (b"abcd", vec![258, 100]), (b"zzz", vec![259, 122])]
-        {
-            let mut ids = Vec::new();
-            bpe.encode(&vocabulary, piece, &mut Scratch::default(), &mut ids);
-            assert_eq!(ids, expected, "{piece:?}");
+    fn a_dead_end_is_left_by_the_way_it_came() {
+        // The longest token at the beginning, "aaaa", is not how five of them begin when "ab" ranks first.
+        let tables = Tables::new(&[("a", "b"), ("a", "a"), ("aa", "aa")]);
+        for len in 1..40 {
+            let piece = [vec![b'a'; len], vec![b'b']].concat();
+            assert_eq!(tables.encode(&piece), tables.by_definition(&piece), "{len}");
         }
+    }
+
+    #[test]
+    fn a_walk_gives_up_in_time() {
+        let tables = Tables::new(&ORDERED);
+        let piece = b"abcaab".repeat(20_000);
+        let mut ids = Vec::new();
+        tables.bpe().join(&piece, &mut Scratch::default(), &mut ids);
+        assert_eq!(tables.encode(&piece), ids);
+    }
+
+    #[test]
+    fn ranks_out_of_order_are_still_served() {
+        // "abc" ranks before "ab" and "bc", so it is made of parts that rank behind it.
+        let tables = Tables::from_ranks(&["abc", "ab", "bc"]);
+        assert!(!tables.bpe().merges.are_ordered());
+        assert_eq!(tables.encode(b"abcd"), [256, u32::from(b'd')]);
     }
 }

@@ -4,6 +4,9 @@
 
 use std::sync::LazyLock;
 
+/// What stands for a space.
+pub const SPACE: char = '\u{120}';
+
 const LAST: usize = 0x143; // 0x100 + 68 - 1
 
 const fn stands_for_itself(byte: u8) -> bool {
@@ -32,7 +35,20 @@ static BYTES: LazyLock<[Option<u8>; LAST + 1]> = LazyLock::new(|| {
 
 /// The bytes a token's string stands for, or None if it has a character outside the alphabet.
 pub fn bytes_of(token: &str) -> Option<Vec<u8>> {
-    token.chars().map(|c| BYTES.get(c as usize).copied().flatten()).collect()
+    let mut bytes = Vec::with_capacity(token.len());
+    append_bytes_of(token, &mut bytes).then_some(bytes)
+}
+
+/// Appends them; false, with some of them appended, if there is such a character.
+pub fn append_bytes_of(token: &str, bytes: &mut Vec<u8>) -> bool {
+    let table = &*BYTES;
+    token.chars().all(|c| match table.get(c as usize).copied().flatten() {
+        Some(byte) => {
+            bytes.push(byte);
+            true
+        }
+        None => false,
+    })
 }
 
 /// The string that stands for `bytes`.

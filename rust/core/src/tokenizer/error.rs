@@ -45,6 +45,16 @@ pub enum TokenizerError {
     },
 }
 
+impl TokenizerError {
+    /// The same error at a place that is told better.
+    pub(super) fn at(self, place: &str) -> Self {
+        match self {
+            Self::Invalid { expected, got, .. } => Self::Invalid { place: place.into(), expected, got },
+            other => other,
+        }
+    }
+}
+
 /// Result of this module.
 pub type Result<T> = std::result::Result<T, TokenizerError>;
 

@@ -1,5 +1,6 @@
 //! tokenizer.json of Hugging Face tokenizers, read strictly: an unknown key or kind is refused by its path.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
@@ -8,16 +9,18 @@ use serde::de::{self, DeserializeOwned, Deserializer, MapAccess, SeqAccess, Visi
 use serde::{Deserialize, de::IgnoredAny};
 use serde_json::Value;
 
-use crate::tokenizer::added_tokens::{AddedToken, AddedTokens};
-use crate::tokenizer::bpe::Bpe;
+use crate::tokenizer::added_tokens::AddedToken;
+use crate::tokenizer::build;
+use crate::tokenizer::byte_level;
 use crate::tokenizer::error::{Result, invalid, unsupported};
 use crate::tokenizer::file::read;
+use crate::tokenizer::merges::MergesTables;
 use crate::tokenizer::normalizer::Normalizer;
-use crate::tokenizer::pattern::{Dialect, Pattern};
-use crate::tokenizer::pre_tokenizer::{Behavior, PreTokenizer, Step};
-use crate::tokenizer::tokenizer::{Parts, Tokenizer};
-use crate::tokenizer::unicode;
-use crate::tokenizer::vocabulary::Vocabulary;
+use crate::tokenizer::pattern::{Dialect, Pattern, Source};
+use crate::tokenizer::pre_tokenizer::{Behavior, StepSettings};
+use crate::tokenizer::settings::{Settings, Trim};
+use crate::tokenizer::tokenizer::Tokenizer;
+use crate::tokenizer::vocabulary::{TokenList, Vocabulary, VocabularyTables};
 
 /// More steps than this are no real file.
 const MAX_STEPS: usize = 64;
@@ -58,26 +61,26 @@ impl Tokenizer {
         if kind(document.decoder.as_ref(), "decoder")? != Some("ByteLevel") {
             return Err(unsupported("decoder", "a decoder other than ByteLevel"));
         }
-        let (mut vocabulary, bpe) = document.model.build()?;
-        let added = document.added_tokens;
-        add(&mut vocabulary, document.model.vocab.0.len(), &added)?;
-        let (before, behind) =
-            special_tokens(document.post_processor.as_ref(), "post_processor", &vocabulary)?;
-        Ok(Self::new(Parts {
+        let model_tokens = document.model.vocab.0.len();
+        let added_tokens = document.added_tokens;
+        let (mut vocabulary, merges) = document.model.build(added_tokens.len())?;
+        add(&mut vocabulary, model_tokens, &added_tokens)?;
+        let mut settings = Settings {
             normalizer,
-            pre_tokenizer: PreTokenizer { steps: steps.steps },
-            vocabulary,
-            bpe,
-            added_tokens: AddedTokens::new(added, |text| normalizer.apply(text).into_owned())?,
-            before,
-            behind,
-        }))
+            steps: steps.steps,
+            added_tokens,
+            before: Vec::new(),
+            behind: Vec::new(),
+            trim: Trim::default(),
+        };
+        post_processor(document.post_processor.as_ref(), "post_processor", &vocabulary.view(), &mut settings)?;
+        build::tokenizer(&settings, vocabulary, &merges, "tokenizer.json")
     }
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Document {
+struct Document<'d> {
     version: Option<String>,
     truncation: Option<IgnoredAny>,
     padding: Option<IgnoredAny>,
@@ -87,12 +90,13 @@ struct Document {
     pre_tokenizer: Option<Value>,
     post_processor: Option<Value>,
     decoder: Option<Value>,
-    model: Model,
+    #[serde(borrow)]
+    model: Model<'d>,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Model {
+struct Model<'d> {
     #[serde(rename = "type")]
     kind: Option<String>,
     dropout: Option<f64>,
@@ -106,12 +110,14 @@ struct Model {
     _byte_fallback: bool, // never needed, likewise
     #[serde(default)]
     ignore_merges: bool,
-    vocab: Vocab,
-    merges: Vec<Merge>,
+    #[serde(borrow)]
+    vocab: Vocab<'d>,
+    #[serde(borrow)]
+    merges: Vec<Merge<'d>>,
 }
 
-impl Model {
-    fn build(&self) -> Result<(Vocabulary, Bpe)> {
+impl Model<'_> {
+    fn build(mut self, added: usize) -> Result<(VocabularyTables, MergesTables)> {
         if let Some(kind) = self.kind.as_deref().filter(|&kind| kind != "BPE") {
             return Err(unsupported("model.type", format!("{kind:?}")));
         }
@@ -126,31 +132,64 @@ impl Model {
                 return Err(unsupported(key, format!("{value:?}")));
             }
         }
-        let tokens = self.vocab.0.iter().map(|(token, id)| (token.as_str(), *id));
-        let vocabulary = Vocabulary::from_strings(tokens, "model.vocab")?;
-        let merges = self.merges.iter().map(|Merge(left, right)| (left.as_str(), right.as_str()));
-        let bpe = Bpe::from_merges(&vocabulary, merges, self.ignore_merges, "model.merges")?;
-        Ok((vocabulary, bpe))
+        // Files list their tokens in order of id or nearly so, which a stable sort makes use of.
+        self.vocab.0.sort_by_key(|&(_, id)| id);
+        let mut tokens = TokenList::new("model.vocab");
+        for (token, id) in &self.vocab.0 {
+            tokens.push_string(token, *id)?;
+        }
+        drop(self.vocab);
+        let mut vocabulary = VocabularyTables::new(tokens, added)?;
+        let merges = merges(&vocabulary.view(), &self.merges)?;
+        drop(self.merges);
+        let merges = MergesTables::new(&vocabulary.view(), &merges, "model.merges")?;
+        build::set_uses(&mut vocabulary, &merges, self.ignore_merges)?;
+        Ok((vocabulary, merges))
     }
 }
 
-/// Token strings and ids, in the file's order.
-struct Vocab(Vec<(String, u32)>);
+/// The ids of merges: of both neighbours and of what they become.
+fn merges(vocabulary: &Vocabulary<'_>, merges: &[Merge<'_>]) -> Result<Vec<(u32, u32, u32)>> {
+    let mut joined = Vec::new();
+    let mut guess = 0; // files list their merges in order of what they make
+    let merges = merges.iter().enumerate().map(|(rank, Merge(left, right))| {
+        let unknown = |token: &str| {
+            let place = format!("model.merges[{rank}]");
+            invalid(place, "two tokens of the vocabulary that join to a third", format!("{token:?}"))
+        };
+        joined.clear();
+        let mut known = |token: &str| {
+            let start = joined.len();
+            let is_written = !token.is_empty() && byte_level::append_bytes_of(token, &mut joined);
+            let id = if is_written { vocabulary.id_of_bytes(&joined[start..]) } else { None };
+            id.ok_or_else(|| unknown(token))
+        };
+        let (left_id, right_id) = (known(left)?, known(right)?);
+        let id = if vocabulary.bytes(guess) == joined { Some(guess) } else { vocabulary.id_of_bytes(&joined) };
+        let id = id.ok_or_else(|| unknown(&format!("{left}{right}")))?;
+        guess = id + 1;
+        Ok((left_id, right_id, id))
+    });
+    merges.collect()
+}
 
-impl<'de> Deserialize<'de> for Vocab {
+/// Token strings and ids, in the file's order.
+struct Vocab<'d>(Vec<(Cow<'d, str>, u32)>);
+
+impl<'de: 'd, 'd> Deserialize<'de> for Vocab<'d> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
         struct Tokens;
         impl<'de> Visitor<'de> for Tokens {
-            type Value = Vocab;
+            type Value = Vocab<'de>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a map from tokens to ids")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Vocab, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Vocab<'de>, A::Error> {
                 let mut tokens = Vec::new();
-                while let Some(entry) = map.next_entry()? {
-                    tokens.push(entry);
+                while let Some((Text(token), id)) = map.next_entry()? {
+                    tokens.push((token, id));
                 }
                 Ok(Vocab(tokens))
             }
@@ -160,35 +199,46 @@ impl<'de> Deserialize<'de> for Vocab {
 }
 
 /// Two tokens: "left right" in older files, ["left", "right"] in newer ones.
-struct Merge(String, String);
+struct Merge<'d>(Cow<'d, str>, Cow<'d, str>);
 
-impl<'de> Deserialize<'de> for Merge {
+/// A string, borrowed from the file where it has no escapes.
+#[derive(Deserialize)]
+struct Text<'d>(#[serde(borrow)] Cow<'d, str>);
+
+impl<'de: 'd, 'd> Deserialize<'de> for Merge<'d> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
         struct Pair;
         impl<'de> Visitor<'de> for Pair {
-            type Value = Merge;
+            type Value = Merge<'de>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a merge: two tokens")
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> std::result::Result<Merge, E> {
-                let mut parts = text.split(' ');
-                match (parts.next(), parts.next(), parts.next()) {
-                    (Some(left), Some(right), None) => Ok(Merge(left.into(), right.into())),
-                    _ => Err(E::invalid_value(de::Unexpected::Str(text), &self)),
-                }
+            fn visit_borrowed_str<E: de::Error>(self, text: &'de str) -> std::result::Result<Self::Value, E> {
+                let (left, right) = halves(text).ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))?;
+                Ok(Merge(left.into(), right.into()))
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> std::result::Result<Merge, A::Error> {
+            fn visit_str<E: de::Error>(self, text: &str) -> std::result::Result<Self::Value, E> {
+                let (left, right) = halves(text).ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))?;
+                Ok(Merge(left.to_owned().into(), right.to_owned().into()))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> std::result::Result<Self::Value, A::Error> {
                 match (parts.next_element()?, parts.next_element()?, parts.next_element::<IgnoredAny>()?) {
-                    (Some(left), Some(right), None) => Ok(Merge(left, right)),
+                    (Some(Text(left)), Some(Text(right)), None) => Ok(Merge(left, right)),
                     _ => Err(de::Error::invalid_length(0, &self)),
                 }
             }
         }
         deserializer.deserialize_any(Pair)
     }
+}
+
+/// Both sides of the only space.
+fn halves(text: &str) -> Option<(&str, &str)> {
+    text.split_once(' ').filter(|(_, right)| !right.contains(' '))
 }
 
 /// The error of a file that does not parse; when it is of another kind of model, that is the better reason.
@@ -289,8 +339,7 @@ struct ByteLevel {
     #[serde(rename = "type")]
     _kind: String,
     add_prefix_space: bool,
-    #[serde(rename = "trim_offsets")]
-    _trim_offsets: bool,
+    trim_offsets: bool,
     #[serde(default = "yes")]
     use_regex: bool,
 }
@@ -302,7 +351,7 @@ fn yes() -> bool {
 /// The pre-tokenizer, flattened.
 #[derive(Default)]
 struct Steps {
-    steps: Vec<Step>,
+    steps: Vec<StepSettings>,
     byte_level: bool,
 }
 
@@ -324,28 +373,25 @@ impl Steps {
             "Split" => {
                 let split: Split = settings(component, place)?;
                 let pattern = match split.pattern {
-                    SplitPattern::String(text) => Pattern::literal(&text),
-                    SplitPattern::Regex(regex) => Pattern::regex(&regex, Dialect::Oniguruma),
+                    SplitPattern::String(text) => Source::Literal(text),
+                    SplitPattern::Regex(regex) => Source::Regex(regex, Dialect::Oniguruma),
                 };
-                let pattern =
-                    pattern.map_err(|construct| unsupported(format!("{place}.pattern"), construct))?;
-                self.steps.push(Step::Split { pattern, behavior: split.behavior, invert: split.invert });
+                self.push(pattern, split.behavior, split.invert, place)?;
             }
             "Digits" => {
                 let digits: Digits = settings(component, place)?;
                 let behavior =
                     if digits.individual_digits { Behavior::Isolated } else { Behavior::Contiguous };
-                let class = unicode::property("N").expect("a general category");
-                self.steps.push(Step::Split { pattern: Pattern::class(class), behavior, invert: false });
+                self.push(Source::Number, behavior, false, place)?;
             }
             "ByteLevel" => {
                 let byte_level: ByteLevel = settings(component, place)?;
                 if byte_level.add_prefix_space {
-                    self.steps.push(Step::PrefixSpace);
+                    self.steps.push(StepSettings::PrefixSpace);
                 }
                 if byte_level.use_regex {
-                    let pattern = Pattern::regex(GPT2, Dialect::Oniguruma).expect("a pattern of the subset");
-                    self.steps.push(Step::Split { pattern, behavior: Behavior::Isolated, invert: false });
+                    let pattern = Source::Regex(GPT2.into(), Dialect::Oniguruma);
+                    self.push(pattern, Behavior::Isolated, false, place)?;
                 }
                 self.byte_level = true;
             }
@@ -353,10 +399,18 @@ impl Steps {
         }
         Ok(())
     }
+
+    /// Adds a step whose pattern can be served.
+    fn push(&mut self, pattern: Source, behavior: Behavior, invert: bool, place: &str) -> Result<()> {
+        Pattern::new(&pattern)
+            .map_err(|construct| unsupported(format!("{place}.pattern"), construct))?;
+        self.steps.push(StepSettings::Split { pattern, behavior, invert });
+        Ok(())
+    }
 }
 
 /// Puts the added tokens beside the model's. The reference numbers them itself, so a file that says otherwise is refused.
-fn add(vocabulary: &mut Vocabulary, model_tokens: usize, added: &[AddedToken]) -> Result<()> {
+fn add(vocabulary: &mut VocabularyTables, model_tokens: usize, added: &[AddedToken]) -> Result<()> {
     let mut next = model_tokens as u32;
     for (index, token) in added.iter().enumerate() {
         let place = format!("added_tokens[{index}]");
@@ -368,7 +422,12 @@ fn add(vocabulary: &mut Vocabulary, model_tokens: usize, added: &[AddedToken]) -
             let got = format!("{} for {:?}", token.id, token.content);
             return Err(invalid(place, format!("id {expected}, which the reference gives it"), got));
         }
-        vocabulary.add(&token.content, token.id, &place)?;
+        if expected == next && vocabulary.id_of_string(&token.content).is_none() {
+            vocabulary.push_string(&token.content, token.id, &place)?;
+        }
+        if token.special {
+            vocabulary.set_special(token.id);
+        }
         next = next.max(token.id + 1);
     }
     Ok(())
@@ -405,30 +464,28 @@ struct TemplateToken {
     ids: Vec<u32>,
 }
 
-/// The ids that a post-processor puts before and behind a text.
-fn special_tokens(
+/// What a post-processor adds to the settings: ids around a text, and how offsets are trimmed.
+fn post_processor(
     component: Option<&Value>,
     place: &str,
-    vocabulary: &Vocabulary,
-) -> Result<(Vec<u32>, Vec<u32>)> {
-    let none = (Vec::new(), Vec::new());
-    let (Some(kind), Some(component)) = (kind(component, place)?, component) else { return Ok(none) };
+    vocabulary: &Vocabulary<'_>,
+    settings: &mut Settings,
+) -> Result<()> {
+    let (Some(kind), Some(component)) = (kind(component, place)?, component) else { return Ok(()) };
     match kind {
-        "ByteLevel" => Ok(none), // concerns offsets
+        "ByteLevel" => {
+            let byte_level: ByteLevel = self::settings(component, place)?;
+            settings.trim = Trim { spaces: byte_level.trim_offsets, keeps_first: byte_level.add_prefix_space };
+            Ok(())
+        }
         "Sequence" => {
-            let mut found = none;
             for (place, member) in members(component, "processors", place)? {
-                let (before, behind) = special_tokens(Some(member), &place, vocabulary)?;
-                if !(before.is_empty() && behind.is_empty() || found.0.is_empty() && found.1.is_empty()) {
-                    return Err(unsupported(place, "a second post-processor that adds tokens"));
-                }
-                found.0.extend(before);
-                found.1.extend(behind);
+                post_processor(Some(member), &place, vocabulary, settings)?;
             }
-            Ok(found)
+            Ok(())
         }
         "TemplateProcessing" => {
-            let template: TemplateProcessing = settings(component, place)?;
+            let template: TemplateProcessing = self::settings(component, place)?;
             let (mut sides, mut texts) = ([Vec::new(), Vec::new()], 0);
             for piece in template.single {
                 match piece {
@@ -452,8 +509,11 @@ fn special_tokens(
             if texts != 1 {
                 return Err(unsupported(format!("{place}.single"), format!("a template with {texts} texts")));
             }
-            let [before, behind] = sides;
-            Ok((before, behind))
+            if !(settings.before.is_empty() && settings.behind.is_empty()) {
+                return Err(unsupported(place, "a second post-processor that adds tokens"));
+            }
+            [settings.before, settings.behind] = sides;
+            Ok(())
         }
         other => Err(unsupported(place, other)),
     }

@@ -8,23 +8,41 @@
 //! refused when it is loaded, with a message that names it.
 
 mod added_tokens;
+mod batch;
 mod bpe;
+mod build;
 mod byte_level;
+mod encode;
 mod error;
 mod file;
 mod hugging_face;
+mod image;
+mod key;
+mod merges;
 mod normalizer;
+mod offsets;
 mod pattern;
+mod piece_cache;
 mod pre_tokenizer;
+mod scan;
+mod scratch;
+mod settings;
 mod stream;
 #[cfg(test)]
 mod tests;
 mod tiktoken;
 mod tokenizer;
+mod truncate;
 mod unicode;
 mod vocabulary;
 
 pub use added_tokens::{AddedToken, AllowedSpecial};
+pub use batch::Flat;
 pub use error::{Result, TokenizerError};
+pub use offsets::{Located, Unit};
 pub use stream::{TokenStream, Utf8Stream};
-pub use tokenizer::{EncodeOptions, Tokenizer};
+pub use tokenizer::{EncodeOptions, Text, Tokenizer};
+pub use truncate::Side;
+
+/// From this many bytes on, a call is worth a thread pool.
+pub const PARALLEL_BYTES: usize = encode::PARALLEL_BYTES;

@@ -5,12 +5,12 @@
 use std::ops::Range;
 
 use regex_automata::meta::Cache;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-use crate::tokenizer::pattern::Pattern;
+use crate::tokenizer::pattern::{Pattern, Source};
 
 /// What becomes of a pattern's matches and of the text between them. Names and meanings are those of tokenizer.json.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Behavior {
     /// Each match and each text between is a piece.
     Isolated,
@@ -22,6 +22,22 @@ pub enum Behavior {
     MergedWithNext,
     /// Neighbouring matches are one piece.
     Contiguous,
+}
+
+/// One step, as files and cache files describe it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StepSettings {
+    /// Cut at the matches of a pattern.
+    Split {
+        /// What to look for.
+        pattern: Source,
+        /// What to do with it.
+        behavior: Behavior,
+        /// Whether the text between counts as the match.
+        invert: bool,
+    },
+    /// Put a space before a piece that does not begin with one.
+    PrefixSpace,
 }
 
 /// One step.
@@ -48,6 +64,18 @@ pub struct PreTokenizer {
 /// Working memory: one automaton cache a step.
 pub struct Caches(Vec<Option<Cache>>);
 
+impl Step {
+    /// The step that is described; the error says what of it cannot be served exactly.
+    pub fn new(settings: &StepSettings) -> Result<Self, String> {
+        Ok(match settings {
+            StepSettings::Split { pattern, behavior, invert } => {
+                Self::Split { pattern: Pattern::new(pattern)?, behavior: *behavior, invert: *invert }
+            }
+            StepSettings::PrefixSpace => Self::PrefixSpace,
+        })
+    }
+}
+
 impl PreTokenizer {
     /// Working memory for [`PreTokenizer::split`].
     pub fn caches(&self) -> Caches {
@@ -62,22 +90,56 @@ impl PreTokenizer {
         )
     }
 
+    /// Whether the pieces, one after the other, are the text.
+    pub fn covers(&self) -> bool {
+        let covers = |step: &Step| matches!(step, Step::Split { behavior, .. } if *behavior != Behavior::Removed);
+        self.steps.iter().all(covers)
+    }
+
     /// Hands the pieces of `text` to `emit`, in order; none is empty.
-    pub fn split(&self, caches: &mut Caches, text: &str, emit: &mut dyn FnMut(&str)) {
-        run(&self.steps, &mut caches.0, text, emit);
+    pub fn split(&self, caches: &mut Caches, text: &str, emit: &mut dyn FnMut(&str, From)) {
+        run(&self.steps, &mut caches.0, text, From { at: 0, prefixed: false }, emit);
     }
 }
 
-fn run(steps: &[Step], caches: &mut [Option<Cache>], text: &str, emit: &mut dyn FnMut(&str)) {
+/// Where a piece comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct From {
+    /// The byte of the text that its first byte is, not counting a space that was put there.
+    pub at: usize,
+    /// Whether its first byte is a space that was put there.
+    pub prefixed: bool,
+}
+
+impl From {
+    /// Of the part of this piece that begins at its byte `start`.
+    fn part(self, start: usize) -> Self {
+        match start {
+            0 => self,
+            _ => Self { at: self.at + start - usize::from(self.prefixed), prefixed: false },
+        }
+    }
+}
+
+fn run(
+    steps: &[Step],
+    caches: &mut [Option<Cache>],
+    text: &str,
+    from: From,
+    emit: &mut dyn FnMut(&str, From),
+) {
     let (Some((step, steps)), Some((cache, caches))) = (steps.split_first(), caches.split_first_mut()) else {
         if !text.is_empty() {
-            emit(text);
+            emit(text, from);
         }
         return;
     };
     match (step, cache) {
         (Step::Split { pattern, behavior, invert }, Some(cache)) => {
-            let mut next = |piece: Range<usize>| run(steps, caches, &text[piece], emit);
+            let mut next = |piece: Range<usize>| {
+                let from = from.part(piece.start);
+                run(steps, caches, &text[piece], from, emit)
+            };
             match behavior {
                 Behavior::Isolated => sections(pattern, cache, text, |section, _| next(section)),
                 Behavior::Removed => sections(pattern, cache, text, |section, is_match| {
@@ -94,8 +156,10 @@ fn run(steps: &[Step], caches: &mut [Option<Cache>], text: &str, emit: &mut dyn 
                 }
             }
         }
-        (Step::PrefixSpace, _) if !text.starts_with(' ') => run(steps, caches, &format!(" {text}"), emit),
-        _ => run(steps, caches, text, emit),
+        (Step::PrefixSpace, _) if !text.starts_with(' ') => {
+            run(steps, caches, &format!(" {text}"), From { prefixed: true, ..from }, emit)
+        }
+        _ => run(steps, caches, text, from, emit),
     }
 }
 
@@ -142,7 +206,7 @@ mod tests {
         let pattern = Pattern::regex("-", Dialect::Oniguruma).unwrap();
         let steps = PreTokenizer { steps: vec![Step::Split { pattern, behavior, invert }] };
         let mut found = Vec::new();
-        steps.split(&mut steps.caches(), text, &mut |piece| found.push(piece.to_owned()));
+        steps.split(&mut steps.caches(), text, &mut |piece, _| found.push(piece.to_owned()));
         found
     }
 
@@ -165,7 +229,7 @@ mod tests {
         let split = Step::Split { pattern, behavior: Behavior::Removed, invert: false };
         let steps = PreTokenizer { steps: vec![split, Step::PrefixSpace] };
         let mut found = Vec::new();
-        steps.split(&mut steps.caches(), "a- b-c", &mut |piece| found.push(piece.to_owned()));
+        steps.split(&mut steps.caches(), "a- b-c", &mut |piece, _| found.push(piece.to_owned()));
         assert_eq!(found, [" a", " b", " c"]);
     }
 }

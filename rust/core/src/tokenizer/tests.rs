@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use crate::tokenizer::byte_level::string_of;
-use crate::tokenizer::{AllowedSpecial, EncodeOptions, TokenStream, Tokenizer};
+use crate::tokenizer::{AllowedSpecial, EncodeOptions, Text, TokenStream, Tokenizer};
 
 fn small() -> Tokenizer {
     let merges = ["h e", "l l", "he ll", "hell o", "Ġ hell"];
@@ -55,17 +55,17 @@ fn added_tokens_are_text_unless_allowed() {
 fn threads_share_a_tokenizer() {
     let tokenizer = small();
     let text = "hello hello world ".repeat(50);
-    let expected = tokenizer.encode(&text, plain(AllowedSpecial::None)).unwrap();
+    let expected = tokenizer.encode(&text[..], plain(AllowedSpecial::None)).unwrap();
     thread::scope(|scope| {
         for _ in 0..8 {
             scope.spawn(|| {
                 for _ in 0..20 {
-                    assert_eq!(tokenizer.encode(&text, plain(AllowedSpecial::None)).unwrap(), expected);
+                    assert_eq!(tokenizer.encode(&text[..], plain(AllowedSpecial::None)).unwrap(), expected);
                 }
             });
         }
     });
-    let batch = tokenizer.encode_batch(&[&text[..]; 9], plain(AllowedSpecial::None)).unwrap();
+    let batch = tokenizer.encode_batch(&[Text::from(&text[..]); 9], plain(AllowedSpecial::None)).unwrap();
     assert!(batch.iter().all(|ids| *ids == expected));
 }
 
@@ -73,7 +73,7 @@ proptest! {
     #[test]
     fn text_comes_back_whole_and_streams_to_the_same(text in "(hello|<end>|<user>| |[a-zé中😀\n]|\\PC){0,40}") {
         let tokenizer = small();
-        let ids = tokenizer.encode(&text, plain(AllowedSpecial::All)).unwrap();
+        let ids = tokenizer.encode(&text[..], plain(AllowedSpecial::All)).unwrap();
         prop_assert_eq!(tokenizer.decode(&ids, false), text.as_str());
         for skip in [false, true] {
             let mut stream = TokenStream::new(skip);

@@ -5,15 +5,16 @@ use std::path::Path;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 
-use crate::tokenizer::added_tokens::{AddedToken, AddedTokens};
-use crate::tokenizer::bpe::Bpe;
+use crate::tokenizer::added_tokens::AddedToken;
+use crate::tokenizer::build;
 use crate::tokenizer::error::{Result, TokenizerError, invalid, unsupported};
 use crate::tokenizer::file::read;
 use crate::tokenizer::normalizer::Normalizer;
-use crate::tokenizer::pattern::{Dialect, Pattern};
-use crate::tokenizer::pre_tokenizer::{Behavior, PreTokenizer, Step};
-use crate::tokenizer::tokenizer::{Parts, Tokenizer};
-use crate::tokenizer::vocabulary::Vocabulary;
+use crate::tokenizer::pattern::{Dialect, Pattern, Source};
+use crate::tokenizer::pre_tokenizer::{Behavior, StepSettings};
+use crate::tokenizer::settings::{Settings, Trim};
+use crate::tokenizer::tokenizer::Tokenizer;
+use crate::tokenizer::vocabulary::{TokenList, VocabularyTables};
 
 impl Tokenizer {
     /// Reads a file of lines "base64-bytes rank"; the rank is the id.
@@ -34,36 +35,41 @@ impl Tokenizer {
         pattern: &str,
         mut special_tokens: Vec<(String, u32)>,
     ) -> Result<Self> {
-        let pattern =
-            Pattern::regex(pattern, Dialect::Fancy).map_err(|construct| unsupported("pattern", construct))?;
+        let pattern = Source::Regex(pattern.into(), Dialect::Fancy);
+        Pattern::new(&pattern).map_err(|construct| unsupported("pattern", construct))?;
         let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-        let tokens = lines.map(|(number, line)| rank(number + 1, line)).collect::<Result<_>>()?;
-        let mut vocabulary = Vocabulary::from_bytes(tokens, "ranks")?;
-        let bpe = Bpe::from_ranks(&vocabulary);
+        let mut ranks = lines.map(|(number, line)| rank(number + 1, line)).collect::<Result<Vec<_>>>()?;
+        ranks.sort_by_key(|&(_, id)| id);
+        let mut tokens = TokenList::new("ranks");
+        for (bytes, id) in &ranks {
+            tokens.push_bytes(bytes, *id)?;
+        }
+        drop(ranks);
+        let mut vocabulary = VocabularyTables::new(tokens, special_tokens.len())?;
+        let merges = build::merges_of_ranks(&vocabulary.view())?;
+        build::set_uses(&mut vocabulary, &merges, true)?;
         special_tokens.sort_by_key(|&(_, id)| id);
-        let mut added = Vec::with_capacity(special_tokens.len());
+        let mut added_tokens = Vec::with_capacity(special_tokens.len());
         for (content, id) in special_tokens {
             if content.is_empty() {
-                return Err(invalid(
-                    "special_tokens",
-                    "tokens that are not empty",
-                    format!("\"\" with id {id}"),
-                ));
+                let got = format!("\"\" with id {id}");
+                return Err(invalid("special_tokens", "tokens that are not empty", got));
             }
-            vocabulary.add(&content, id, "special_tokens")?;
-            added.push(AddedToken { id, content, special: true, ..AddedToken::default() });
+            if vocabulary.id_of_string(&content) != Some(id) {
+                vocabulary.push_string(&content, id, "special_tokens")?;
+            }
+            vocabulary.set_special(id);
+            added_tokens.push(AddedToken { id, content, special: true, ..AddedToken::default() });
         }
-        Ok(Self::new(Parts {
+        let settings = Settings {
             normalizer: Normalizer::Identity,
-            pre_tokenizer: PreTokenizer {
-                steps: vec![Step::Split { pattern, behavior: Behavior::Isolated, invert: false }],
-            },
-            vocabulary,
-            bpe,
-            added_tokens: AddedTokens::new(added, str::to_owned)?,
+            steps: vec![StepSettings::Split { pattern, behavior: Behavior::Isolated, invert: false }],
+            added_tokens,
             before: Vec::new(),
             behind: Vec::new(),
-        }))
+            trim: Trim::default(),
+        };
+        build::tokenizer(&settings, vocabulary, &merges, "ranks")
     }
 }
 

@@ -1,29 +1,23 @@
-//! The tokenizer: one immutable object, for any number of threads.
+//! The tokenizer: one immutable object, for any number of threads, without a lock.
 
-use rayon::prelude::*;
-use regex_automata::util::pool::Pool;
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::OnceLock;
 
 use crate::tokenizer::added_tokens::{AddedToken, AddedTokens, AllowedSpecial, Section};
-use crate::tokenizer::bpe::{Bpe, Scratch};
-use crate::tokenizer::error::{Result, TokenizerError};
-use crate::tokenizer::normalizer::Normalizer;
-use crate::tokenizer::pre_tokenizer::{Caches, PreTokenizer};
-use crate::tokenizer::vocabulary::Vocabulary;
+use crate::tokenizer::bpe::Bpe;
+use crate::tokenizer::byte_level;
+use crate::tokenizer::error::{Result, TokenizerError, invalid, unsupported};
+use crate::tokenizer::image::{Compiled, Image};
+use crate::tokenizer::pre_tokenizer::{PreTokenizer, Step};
+use crate::tokenizer::scan::Scanner;
+use crate::tokenizer::scratch::Pool;
+use crate::tokenizer::settings::Settings;
 
 /// Positions inside a piece are u32.
 const MAX_TEXT_BYTES: usize = u32::MAX as usize - 1;
-
-/// What a file describes.
-pub(super) struct Parts {
-    pub normalizer: Normalizer,
-    pub pre_tokenizer: PreTokenizer,
-    pub vocabulary: Vocabulary,
-    pub bpe: Bpe,
-    pub added_tokens: AddedTokens,
-    /// Ids that `add_special_tokens` puts before and behind a text.
-    pub before: Vec<u32>,
-    pub behind: Vec<u32>,
-}
 
 /// How a text is encoded.
 #[derive(Clone, Copy, Debug)]
@@ -34,114 +28,307 @@ pub struct EncodeOptions<'a> {
     pub allowed_special: AllowedSpecial<'a>,
 }
 
-#[derive(Default)]
-struct Memory {
-    caches: Option<Caches>,
-    scratch: Scratch,
+/// A text to encode.
+#[derive(Clone, Copy, Debug)]
+pub enum Text<'t> {
+    /// Unicode.
+    Unicode(&'t str),
+    /// Bytes, of which those that are not UTF-8 become their byte tokens: `decode_bytes` gives them back.
+    Raw(&'t [u8]),
+}
+
+impl Text<'_> {
+    /// Its bytes.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Unicode(text) => text.len(),
+            Self::Raw(bytes) => bytes.len(),
+        }
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl<'t> From<&'t str> for Text<'t> {
+    fn from(text: &'t str) -> Self {
+        Self::Unicode(text)
+    }
 }
 
 /// A byte-level BPE tokenizer.
 pub struct Tokenizer {
-    parts: Parts,
-    /// By id: whether `skip_special_tokens` leaves it out.
-    special: Vec<bool>,
-    /// Working memory, one a thread at work.
-    memory: Pool<Memory, fn() -> Memory>,
+    compiled: Compiled,
+    settings: Settings,
+    pre_tokenizer: PreTokenizer,
+    /// What cuts the text in the pre-tokenizer's place, if its kind is known.
+    scanner: Option<Scanner>,
+    added_tokens: AddedTokens,
+    /// Tokens that are not written in the byte-level alphabet. Made when a string is first looked for.
+    texts: OnceLock<HashMap<String, u32>>,
+    pool: Pool,
+}
+
+/// A part of a text on its way to ids.
+pub(super) enum Part<'p> {
+    /// An added token.
+    Token(u32, Place),
+    /// Normalized text in which no added token is to be found.
+    Text(&'p str, Place),
+}
+
+/// Where a part comes from.
+pub(super) struct Place {
+    /// The stretch of the original text that was normalized.
+    pub section: Range<usize>,
+    /// Where the part lies in that stretch, normalized.
+    pub range: Range<usize>,
+    /// Whether normalization changed nothing.
+    pub is_original: bool,
 }
 
 impl Tokenizer {
-    pub(super) fn new(parts: Parts) -> Self {
-        let mut special = vec![false; parts.vocabulary.len()];
-        for token in parts.added_tokens.iter().filter(|token| token.special) {
-            special[token.id as usize] = true;
-        }
-        Self { parts, special, memory: Pool::new(Memory::default) }
+    /// From a compiled form; `place` names it in errors.
+    pub(super) fn from_image(image: Image, place: &str) -> Result<Self> {
+        let settings: Settings = serde_json::from_slice(image.settings(place)?)
+            .map_err(|error| invalid(place, "the settings of a tokenizer", error.to_string()))?;
+        let steps = settings
+            .steps
+            .iter()
+            .map(|step| Step::new(step).map_err(|construct| unsupported("pattern", construct)))
+            .collect::<Result<Vec<_>>>()?;
+        let normalizer = settings.normalizer;
+        let added_tokens = AddedTokens::new(settings.added_tokens.clone(), |text| {
+            normalizer.apply(text).into_owned()
+        })?;
+        Ok(Self {
+            compiled: Compiled::new(image, place)?,
+            scanner: Scanner::recognise(&steps),
+            pre_tokenizer: PreTokenizer { steps },
+            added_tokens,
+            settings,
+            texts: OnceLock::new(),
+            pool: Pool::new(),
+        })
+    }
+
+    /// Writes a cache file, which loads at once because it is mapped and used as it is.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Io`] when it cannot be written; a file that was there before is left as it was then.
+    pub fn save_cache(&self, path: &Path) -> Result<()> {
+        self.compiled.image().save(path)
+    }
+
+    /// Maps a file that [`Tokenizer::save_cache`] wrote.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Io`] when the file cannot be read, [`TokenizerError::Invalid`] when it is damaged or of another
+    /// version.
+    pub fn from_cache(path: &Path) -> Result<Self> {
+        Self::from_image(Image::map(path)?, &path.display().to_string())
+    }
+
+    /// From a copy of a compiled form.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Invalid`] when it is damaged or of another version.
+    pub fn from_compiled_form(bytes: &[u8]) -> Result<Self> {
+        Self::from_image(Image::copy(bytes), "data")
+    }
+
+    /// The compiled form: what a cache file or a pickle holds.
+    pub fn compiled_form(&self) -> &[u8] {
+        self.compiled.image().bytes()
+    }
+
+    #[inline]
+    pub(super) fn bpe(&self) -> &Bpe<'_> {
+        self.compiled.bpe()
+    }
+
+    #[inline]
+    pub(super) fn scanner(&self) -> Option<Scanner> {
+        self.scanner
+    }
+
+    pub(super) fn pre_tokenizer(&self) -> &PreTokenizer {
+        &self.pre_tokenizer
+    }
+
+    pub(super) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    #[inline]
+    pub(super) fn pool(&self) -> &Pool {
+        &self.pool
     }
 
     /// The ids of `text`.
     ///
     /// # Errors
-    /// [`TokenizerError::Argument`] for a text of 4 GiB or more, or a set of allowed tokens with an unknown name.
-    pub fn encode(&self, text: &str, options: EncodeOptions<'_>) -> Result<Vec<u32>> {
-        let mut ids = Vec::new();
-        match options.allowed_special {
-            AllowedSpecial::None => self.encode_into(text, options.add_special_tokens, None, &mut ids)?,
-            AllowedSpecial::All => {
-                self.encode_into(text, options.add_special_tokens, Some(&self.parts.added_tokens), &mut ids)?;
-            }
-            AllowedSpecial::These(names) => {
-                let normalizer = self.parts.normalizer;
-                let these =
-                    self.parts.added_tokens.only(names, |text| normalizer.apply(text).into_owned())?;
-                self.encode_into(text, options.add_special_tokens, Some(&these), &mut ids)?;
-            }
-        }
+    /// [`TokenizerError::Argument`] for a text of 4 GiB or more, a set of allowed tokens with an unknown name, or an added
+    /// token in a text that must have none.
+    pub fn encode<'t>(&self, text: impl Into<Text<'t>>, options: EncodeOptions<'_>) -> Result<Vec<u32>> {
+        let text = text.into();
+        let mut ids = Vec::with_capacity(text.len() / 4 + 8);
+        self.encode_into(text, options, &mut ids)?;
         Ok(ids)
     }
 
-    /// The ids of each text, over the threads of the current pool.
+    /// Appends the ids of `text` to `out`.
     ///
     /// # Errors
-    /// As [`Tokenizer::encode`].
-    pub fn encode_batch<T: AsRef<str> + Sync>(
+    /// As [`Tokenizer::encode`]; something may have been appended then.
+    pub fn encode_into<'t>(
         &self,
-        texts: &[T],
+        text: impl Into<Text<'t>>,
         options: EncodeOptions<'_>,
-    ) -> Result<Vec<Vec<u32>>> {
-        texts.par_iter().map(|text| self.encode(text.as_ref(), options)).collect()
-    }
-
-    fn encode_into(
-        &self,
-        text: &str,
-        add_special_tokens: bool,
-        added_tokens: Option<&AddedTokens>,
         out: &mut Vec<u32>,
     ) -> Result<()> {
-        if text.len() > MAX_TEXT_BYTES {
-            return Err(TokenizerError::Argument {
-                name: "text",
-                expected: format!("at most {MAX_TEXT_BYTES} bytes"),
-                got: text.len().to_string(),
-            });
+        if options.add_special_tokens {
+            out.extend_from_slice(&self.settings.before);
         }
-        let mut memory = self.memory.get();
-        if add_special_tokens {
-            out.extend_from_slice(&self.parts.before);
-        }
-        let raw =
-            added_tokens.map_or_else(|| vec![Section::Text(0..text.len())], |added| added.split_raw(text));
-        for section in raw {
-            match section {
-                Section::Token(id) => out.push(id),
-                Section::Text(range) => {
-                    let normalized = self.parts.normalizer.apply(&text[range]);
-                    let Some(added) = added_tokens else {
-                        self.encode_plain(&normalized, &mut memory, out);
-                        continue;
-                    };
-                    for section in added.split_normalized(&normalized) {
-                        match section {
-                            Section::Token(id) => out.push(id),
-                            Section::Text(range) => self.encode_plain(&normalized[range], &mut memory, out),
-                        }
-                    }
-                }
+        self.pool.with(|scratch| {
+            let mut encode = |text: &str, out: &mut Vec<u32>| {
+                self.for_each_part(text, options.allowed_special, |part| match part {
+                    Part::Token(id, _) => out.push(id),
+                    Part::Text(text, _) => self.encode_plain(text, scratch, out),
+                })
+            };
+            match text.into() {
+                Text::Unicode(text) => encode(text, out),
+                Text::Raw(bytes) => bytes.utf8_chunks().try_for_each(|chunk| {
+                    encode(chunk.valid(), out)?;
+                    out.extend(chunk.invalid().iter().map(|&byte| self.bpe().merges.byte_id(byte)));
+                    Ok(())
+                }),
             }
-        }
-        if add_special_tokens {
-            out.extend_from_slice(&self.parts.behind);
+        })?;
+        if options.add_special_tokens {
+            out.extend_from_slice(&self.settings.behind);
         }
         Ok(())
     }
 
-    /// A normalized text in which no added token is to be found.
-    fn encode_plain(&self, text: &str, memory: &mut Memory, out: &mut Vec<u32>) {
-        let Parts { pre_tokenizer, vocabulary, bpe, .. } = &self.parts;
-        let Memory { caches, scratch } = memory;
-        let caches = caches.get_or_insert_with(|| pre_tokenizer.caches());
-        pre_tokenizer
-            .split(caches, text, &mut |piece| bpe.encode(vocabulary, piece.as_bytes(), scratch, out));
+    /// The ids of several texts as one text, in which added tokens are recognised in trusted texts alone: those that lie
+    /// wholly in one, or in several that follow each other. Each stretch of trusted or other texts is normalized by itself.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Argument`] for 4 GiB of text or more.
+    pub fn encode_segments<T: AsRef<str>>(&self, segments: &[(T, bool)], add_special_tokens: bool) -> Result<Vec<u32>> {
+        let mut ids = Vec::new();
+        if add_special_tokens {
+            ids.extend_from_slice(&self.settings.before);
+        }
+        self.pool.with(|scratch| {
+            let mut plain = String::new(); // since the last token
+            for run in segments.chunk_by(|a, b| a.1 == b.1) {
+                let text: String = run.iter().map(|(text, _)| text.as_ref()).collect();
+                check_len(text.len() + plain.len())?;
+                let allowed = if run[0].1 { AllowedSpecial::All } else { AllowedSpecial::None };
+                self.for_each_part(&text, allowed, |part| match part {
+                    Part::Token(id, _) => {
+                        self.encode_plain(&plain, scratch, &mut ids);
+                        plain.clear();
+                        ids.push(id);
+                    }
+                    Part::Text(text, _) => plain.push_str(text),
+                })?;
+            }
+            self.encode_plain(&plain, scratch, &mut ids);
+            Ok(())
+        })?;
+        if add_special_tokens {
+            ids.extend_from_slice(&self.settings.behind);
+        }
+        Ok(ids)
+    }
+
+    /// Cuts a text at its added tokens, in the reference's two passes, and normalizes what lies between.
+    pub(super) fn for_each_part(
+        &self,
+        text: &str,
+        allowed: AllowedSpecial<'_>,
+        mut visit: impl FnMut(Part<'_>),
+    ) -> Result<()> {
+        check_len(text.len())?;
+        let normalizer = self.settings.normalizer;
+        let some;
+        let added = match allowed {
+            AllowedSpecial::None => None,
+            AllowedSpecial::All => Some(&self.added_tokens),
+            AllowedSpecial::Error => {
+                self.refuse_added_tokens(text)?;
+                None
+            }
+            AllowedSpecial::These(names) => {
+                some = self.added_tokens.only(names, |text| normalizer.apply(text).into_owned())?;
+                Some(&some)
+            }
+        };
+        let Some(added) = added else {
+            self.visit_text(text, 0..text.len(), None, &mut visit);
+            return Ok(());
+        };
+        for section in added.split_raw(text) {
+            match section {
+                Section::Text(range) => self.visit_text(text, range, Some(added), &mut visit),
+                Section::Token(id, section) => {
+                    let range = 0..section.len();
+                    visit(Part::Token(id, Place { section, range, is_original: true }));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The second pass, over a section of the text.
+    fn visit_text(
+        &self,
+        text: &str,
+        section: Range<usize>,
+        added: Option<&AddedTokens>,
+        visit: &mut impl FnMut(Part<'_>),
+    ) {
+        let normalized = self.settings.normalizer.apply(&text[section.clone()]);
+        let is_original = matches!(normalized, Cow::Borrowed(_));
+        let parts = match added {
+            Some(added) => added.split_normalized(&normalized),
+            None => vec![Section::Text(0..normalized.len())],
+        };
+        let place = |range: Range<usize>| Place { section: section.clone(), range, is_original };
+        for part in parts {
+            visit(match part {
+                Section::Token(id, range) => Part::Token(id, place(range)),
+                Section::Text(range) => Part::Text(&normalized[range.clone()], place(range)),
+            });
+        }
+    }
+
+    fn refuse_added_tokens(&self, text: &str) -> Result<()> {
+        let mut found = None;
+        self.for_each_part(text, AllowedSpecial::All, |part| {
+            if let (Part::Token(id, place), None) = (part, &found) {
+                found = Some((id, place.section.start + place.range.start));
+            }
+        })?;
+        match found {
+            None => Ok(()),
+            Some((id, at)) => Err(TokenizerError::Argument {
+                name: "text",
+                expected: "no added token (allowed_special=\"error\")".into(),
+                got: format!("{:?} at byte {at}", self.id_to_token(id).unwrap_or_default()),
+            }),
+        }
+    }
+
+    /// Forgets the pieces that were kept to be found again quickly.
+    pub fn clear_cache(&self) {
+        self.pool.clear();
     }
 
     /// The bytes of `ids`; an id without a token adds nothing.
@@ -163,31 +350,53 @@ impl Tokenizer {
 
     /// One more than the highest id.
     pub fn vocab_size(&self) -> usize {
-        self.parts.vocabulary.len()
+        self.bpe().vocabulary.len()
     }
 
     /// The bytes that token `id` decodes to; none for an id without a token.
+    #[inline]
     pub fn token_bytes(&self, id: u32) -> &[u8] {
-        self.parts.vocabulary.bytes(id)
+        self.bpe().vocabulary.bytes(id)
     }
 
     /// The id of a token's string, as tokenizer.json writes it.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
-        self.parts.vocabulary.id_of_string(token)
+        let vocabulary = &self.bpe().vocabulary;
+        match byte_level::bytes_of(token) {
+            Some(bytes) => vocabulary.id_of_bytes(&bytes),
+            None => {
+                let texts = || {
+                    vocabulary.texts().filter_map(|id| Some((vocabulary.string(id)?, id))).collect()
+                };
+                self.texts.get_or_init(texts).get(token).copied()
+            }
+        }
     }
 
     /// A token's string, as tokenizer.json writes it.
     pub fn id_to_token(&self, id: u32) -> Option<String> {
-        self.parts.vocabulary.string(id)
+        self.bpe().vocabulary.string(id)
     }
 
     /// Whether `skip_special_tokens` leaves out this id.
+    #[inline]
     pub fn is_special(&self, id: u32) -> bool {
-        self.special.get(id as usize).is_some_and(|&special| special)
+        self.bpe().vocabulary.is_special(id)
     }
 
     /// The added tokens, in the order of their file.
     pub fn added_tokens(&self) -> impl Iterator<Item = &AddedToken> {
-        self.parts.added_tokens.iter()
+        self.settings.added_tokens.iter()
     }
+}
+
+fn check_len(len: usize) -> Result<()> {
+    if len <= MAX_TEXT_BYTES {
+        return Ok(());
+    }
+    Err(TokenizerError::Argument {
+        name: "text",
+        expected: format!("at most {MAX_TEXT_BYTES} bytes"),
+        got: len.to_string(),
+    })
 }

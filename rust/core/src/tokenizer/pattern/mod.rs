@@ -12,12 +12,26 @@ use regex_automata::meta::{Cache, Regex};
 use regex_automata::util::syntax;
 use regex_automata::{Anchored, Input};
 use regex_syntax::hir::{Class, ClassUnicode, Hir};
+use serde::{Deserialize, Serialize};
+
+use crate::tokenizer::unicode;
 
 pub use parse::Dialect;
 
 /// Memory the compiled automaton may take: a hostile pattern is refused, not compiled for ever.
 const MAX_AUTOMATON_BYTES: usize = 64 << 20;
 const MAX_PATTERN_BYTES: usize = 16 << 10;
+
+/// What a pattern is made of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Source {
+    /// A regular expression.
+    Regex(String, Dialect),
+    /// This text alone.
+    Literal(String),
+    /// One character of \p{N}.
+    Number,
+}
 
 /// A compiled pattern.
 pub struct Pattern {
@@ -27,6 +41,15 @@ pub struct Pattern {
 }
 
 impl Pattern {
+    /// Compiles a pattern; the error says what of it cannot be served exactly.
+    pub fn new(source: &Source) -> Result<Self, String> {
+        match source {
+            Source::Regex(pattern, dialect) => Self::regex(pattern, *dialect),
+            Source::Literal(text) => Self::literal(text),
+            Source::Number => Ok(Self::class(unicode::property("N").expect("a general category"))),
+        }
+    }
+
     /// Compiles a regular expression; the error says what of it cannot be served exactly.
     pub fn regex(pattern: &str, dialect: Dialect) -> Result<Self, String> {
         if pattern.len() > MAX_PATTERN_BYTES {

@@ -7,6 +7,7 @@ use std::iter::Peekable;
 use std::str::Chars;
 
 use regex_syntax::hir::{self, Class, ClassUnicode, ClassUnicodeRange, Hir, Look};
+use serde::{Deserialize, Serialize};
 
 use crate::tokenizer::unicode;
 
@@ -17,7 +18,7 @@ const MAX_REPEATS: u32 = 1000;
 const FOLDED_PAIRS: [&str; 5] = ["ss", "ff", "fi", "fl", "st"];
 
 /// Whose regular expressions a file holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Dialect {
     /// Hugging Face tokenizers. `$` is the end of a line there and `{n,m}+` repeats a repetition: both are refused.
     Oniguruma,

@@ -1,0 +1,95 @@
+//! Many texts at once, over the threads of the current pool.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use crate::tokenizer::error::Result;
+use crate::tokenizer::tokenizer::{EncodeOptions, Text, Tokenizer};
+
+/// Texts are handed to threads in groups of about this many bytes.
+const GROUP_BYTES: usize = 1 << 16;
+
+/// The ids of many texts, one after the other.
+pub struct Flat {
+    /// All ids.
+    pub ids: Vec<u32>,
+    /// Where the ids of text `i` lie: `row_offsets[i]..row_offsets[i + 1]`.
+    pub row_offsets: Vec<i64>,
+}
+
+impl Tokenizer {
+    /// The ids of each text.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_batch(
+        &self,
+        texts: &[Text<'_>],
+        options: EncodeOptions<'_>,
+    ) -> Result<Vec<Vec<u32>>> {
+        let encode = |group: Range<usize>| -> Result<Vec<Vec<u32>>> {
+            texts[group].iter().map(|text| self.encode(*text, options)).collect()
+        };
+        let groups = groups(texts);
+        if groups.len() == 1 {
+            return encode(0..texts.len());
+        }
+        let rows = groups.into_par_iter().map(encode).collect::<Result<Vec<_>>>()?;
+        Ok(rows.into_iter().flatten().collect())
+    }
+
+    /// The same in one buffer.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_batch_flat(
+        &self,
+        texts: &[Text<'_>],
+        options: EncodeOptions<'_>,
+    ) -> Result<Flat> {
+        let encode = |group: Range<usize>| -> Result<Flat> {
+            let texts = &texts[group];
+            let bytes: usize = texts.iter().map(|text| text.len()).sum();
+            let mut flat = Flat { ids: Vec::with_capacity(bytes / 4 + 8), row_offsets: vec![0] };
+            for text in texts {
+                self.encode_into(*text, options, &mut flat.ids)?;
+                flat.row_offsets.push(flat.ids.len() as i64);
+            }
+            Ok(flat)
+        };
+        let groups = groups(texts);
+        if groups.len() == 1 || rayon::current_num_threads() == 1 {
+            return encode(0..texts.len());
+        }
+        let parts = groups.into_par_iter().map(encode).collect::<Result<Vec<_>>>()?;
+        let mut flat = Flat {
+            ids: Vec::with_capacity(parts.iter().map(|part| part.ids.len()).sum()),
+            row_offsets: Vec::with_capacity(texts.len() + 1),
+        };
+        flat.row_offsets.push(0);
+        for part in parts {
+            let before = flat.ids.len() as i64;
+            flat.row_offsets.extend(part.row_offsets[1..].iter().map(|end| before + end));
+            flat.ids.extend_from_slice(&part.ids);
+        }
+        Ok(flat)
+    }
+}
+
+/// Neighbouring texts that are encoded together; at least one group.
+fn groups(texts: &[Text<'_>]) -> Vec<Range<usize>> {
+    let mut groups = Vec::new();
+    let (mut start, mut bytes) = (0, 0);
+    for (index, text) in texts.iter().enumerate() {
+        bytes += text.len();
+        if bytes >= GROUP_BYTES {
+            groups.push(start..index + 1);
+            (start, bytes) = (index + 1, 0);
+        }
+    }
+    if start < texts.len() || groups.is_empty() {
+        groups.push(start..texts.len());
+    }
+    groups
+}
