@@ -16,6 +16,8 @@ mod hugging_face;
 mod normalizer;
 mod pattern;
 mod pre_tokenizer;
+#[allow(dead_code)] // until the tokenizer uses it
+mod scan;
 mod stream;
 #[cfg(test)]
 mod tests;
