@@ -16,6 +16,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::tokenizer::unicode;
 
+use parse::Node;
+
 pub use parse::Dialect;
 
 /// Memory the compiled automaton may take: a hostile pattern is refused, not compiled for ever.
@@ -38,6 +40,8 @@ pub struct Pattern {
     regex: Regex,
     /// For each alternative: whether its match ends before the last character it read.
     gives_back: Vec<bool>,
+    /// What was parsed, if it was a regular expression.
+    tree: Option<Node>,
 }
 
 impl Pattern {
@@ -55,7 +59,14 @@ impl Pattern {
         if pattern.len() > MAX_PATTERN_BYTES {
             return Err(format!("a pattern of {} bytes (at most {MAX_PATTERN_BYTES})", pattern.len()));
         }
-        Self::build(parse::alternatives(pattern, dialect)?)
+        let tree = parse::tree(pattern, dialect)?;
+        Ok(Self { tree: Some(tree.clone()), ..Self::build(parse::alternatives(tree)?)? })
+    }
+
+    /// Whether this was made from a regular expression that says the same as `pattern`, however it is spelled: escapes,
+    /// the order of a class's members and redundant brackets may differ.
+    pub fn says(&self, pattern: &str, dialect: Dialect) -> bool {
+        self.tree.as_ref().is_some_and(|tree| parse::tree(pattern, dialect).as_ref() == Ok(tree))
     }
 
     /// A pattern that matches this text alone.
@@ -79,7 +90,7 @@ impl Pattern {
             .syntax(syntax::Config::new())
             .build_many_from_hir(&hirs)
             .map_err(|error| format!("a pattern that does not compile ({error})"))?;
-        Ok(Self { regex, gives_back })
+        Ok(Self { regex, gives_back, tree: None })
     }
 
     /// Working memory for [`Pattern::find`].

@@ -26,8 +26,8 @@ pub enum Dialect {
     Fancy,
 }
 
-#[derive(Clone, Debug)]
-enum Node {
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Node {
     Class(ClassUnicode),
     Concat(Vec<Node>),
     Alternation(Vec<Node>),
@@ -45,15 +45,17 @@ enum Node {
     End,
 }
 
-/// The alternatives of `pattern` in order of preference; true where the last character read is given back.
-pub(super) fn alternatives(pattern: &str, dialect: Dialect) -> Result<Vec<(Hir, bool)>, String> {
+/// What `pattern` says.
+pub(super) fn tree(pattern: &str, dialect: Dialect) -> Result<Node, String> {
     let mut parser = Parser { rest: pattern.chars().peekable(), dialect, depth: 0 };
     let node = parser.alternation(false)?;
-    if parser.rest.peek().is_some() {
-        return Err("an unmatched )".into());
-    }
+    if parser.rest.peek().is_some() { Err("an unmatched )".into()) } else { Ok(node) }
+}
+
+/// The alternatives of a tree in order of preference; true where the last character read is given back.
+pub(super) fn alternatives(tree: Node) -> Result<Vec<(Hir, bool)>, String> {
     let mut found = Vec::new();
-    flatten(node, &mut found)?;
+    flatten(tree, &mut found)?;
     Ok(found)
 }
 

@@ -1,0 +1,105 @@
+//! SSE2, AVX2 and AVX-512BW.
+
+use std::arch::x86_64::*;
+
+use super::{Block, Bytes};
+
+/// Four registers of 16 bytes.
+#[derive(Clone, Copy)]
+pub(super) struct Sse2([__m128i; 4]);
+
+/// Two of 32.
+#[derive(Clone, Copy)]
+pub(super) struct Avx2([__m256i; 2]);
+
+/// One of 64.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512(__m512i);
+
+// SAFETY (of every block below): the trait's condition, that the machine has the instructions, is the callers' to keep;
+// loads read the 64 bytes of a block.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Bytes for Sse2 {
+    #[inline(always)]
+    unsafe fn load(block: &Block) -> Self {
+        Self(std::array::from_fn(|i| unsafe { _mm_loadu_si128(block.as_ptr().cast::<__m128i>().add(i)) }))
+    }
+    #[inline(always)]
+    unsafe fn small(self) -> Self {
+        Self(self.0.map(|v| unsafe { _mm_or_si128(v, _mm_set1_epi8(0x20)) }))
+    }
+    #[inline(always)]
+    unsafe fn equal(self, byte: u8) -> u64 {
+        gather4(self.0.map(|v| unsafe { _mm_movemask_epi8(_mm_cmpeq_epi8(v, _mm_set1_epi8(byte as i8))) }))
+    }
+    #[inline(always)]
+    unsafe fn within(self, first: u8, last: u8) -> u64 {
+        gather4(self.0.map(|v| unsafe {
+            let above = _mm_sub_epi8(v, _mm_set1_epi8(first as i8));
+            let kept = _mm_min_epu8(above, _mm_set1_epi8((last - first) as i8));
+            _mm_movemask_epi8(_mm_cmpeq_epi8(above, kept))
+        }))
+    }
+}
+
+#[inline(always)]
+fn gather4(quarters: [i32; 4]) -> u64 {
+    quarters.iter().rev().fold(0, |mask, &quarter| mask << 16 | u64::from(quarter as u16))
+}
+
+// SAFETY: as above.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Bytes for Avx2 {
+    #[inline(always)]
+    unsafe fn load(block: &Block) -> Self {
+        Self(std::array::from_fn(|i| unsafe { _mm256_loadu_si256(block.as_ptr().cast::<__m256i>().add(i)) }))
+    }
+    #[inline(always)]
+    unsafe fn small(self) -> Self {
+        Self(self.0.map(|v| unsafe { _mm256_or_si256(v, _mm256_set1_epi8(0x20)) }))
+    }
+    #[inline(always)]
+    unsafe fn equal(self, byte: u8) -> u64 {
+        gather2(
+            self.0
+                .map(|v| unsafe { _mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_set1_epi8(byte as i8))) }),
+        )
+    }
+    #[inline(always)]
+    unsafe fn within(self, first: u8, last: u8) -> u64 {
+        gather2(self.0.map(|v| unsafe {
+            let above = _mm256_sub_epi8(v, _mm256_set1_epi8(first as i8));
+            let kept = _mm256_min_epu8(above, _mm256_set1_epi8((last - first) as i8));
+            _mm256_movemask_epi8(_mm256_cmpeq_epi8(above, kept))
+        }))
+    }
+}
+
+#[inline(always)]
+fn gather2([low, high]: [i32; 2]) -> u64 {
+    u64::from(high as u32) << 32 | u64::from(low as u32)
+}
+
+// SAFETY: as above.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Bytes for Avx512 {
+    #[inline(always)]
+    unsafe fn load(block: &Block) -> Self {
+        Self(unsafe { _mm512_loadu_si512(block.as_ptr().cast()) })
+    }
+    #[inline(always)]
+    unsafe fn small(self) -> Self {
+        Self(unsafe { _mm512_or_si512(self.0, _mm512_set1_epi8(0x20)) })
+    }
+    #[inline(always)]
+    unsafe fn equal(self, byte: u8) -> u64 {
+        unsafe { _mm512_cmpeq_epi8_mask(self.0, _mm512_set1_epi8(byte as i8)) }
+    }
+    #[inline(always)]
+    unsafe fn within(self, first: u8, last: u8) -> u64 {
+        unsafe {
+            let above = _mm512_sub_epi8(self.0, _mm512_set1_epi8(first as i8));
+            _mm512_cmple_epu8_mask(above, _mm512_set1_epi8((last - first) as i8))
+        }
+    }
+}
