@@ -23,11 +23,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`Tokenizer::encode`].
-    pub fn encode_batch(
-        &self,
-        texts: &[Text<'_>],
-        options: EncodeOptions<'_>,
-    ) -> Result<Vec<Vec<u32>>> {
+    pub fn encode_batch(&self, texts: &[Text<'_>], options: EncodeOptions<'_>) -> Result<Vec<Vec<u32>>> {
         let encode = |group: Range<usize>| -> Result<Vec<Vec<u32>>> {
             texts[group].iter().map(|text| self.encode(*text, options)).collect()
         };
@@ -43,11 +39,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`Tokenizer::encode`].
-    pub fn encode_batch_flat(
-        &self,
-        texts: &[Text<'_>],
-        options: EncodeOptions<'_>,
-    ) -> Result<Flat> {
+    pub fn encode_batch_flat(&self, texts: &[Text<'_>], options: EncodeOptions<'_>) -> Result<Flat> {
         let encode = |group: Range<usize>| -> Result<Flat> {
             let texts = &texts[group];
             let bytes: usize = texts.iter().map(|text| text.len()).sum();

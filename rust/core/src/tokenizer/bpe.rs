@@ -1,18 +1,20 @@
 //! Byte pair encoding of one piece.
 //!
-//! The definition: join the neighbours of lowest rank, leftmost first, until no pair has a rank. Where merges are ordered
-//! (see `merges`), the same tokens are found from left to right: take the longest token that is compatible with the one
-//! before, go back where nothing fits. A position from which the end cannot be reached is never tried twice, so the work is
-//! linear; should a piece need unusually many steps after all, or merges be unordered, a heap does it in O(n log n).
+//! The definition: join the neighbours of lowest rank, leftmost first, until no pair has a rank. A short piece is encoded
+//! just so, from its characters where these are tokens. Of a long one, where merges are ordered (see `merges`), the same
+//! tokens are found from left to right: take the longest token that is compatible with the one before, go back where nothing
+//! fits. A position from which the end cannot be reached is never tried twice, so the work is linear; should a piece need
+//! unusually many steps after all, or merges be unordered, a heap does it in O(n log n).
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use crate::tokenizer::merges::{Merges, Pair};
+use crate::tokenizer::key::{Key, window};
+use crate::tokenizer::merges::Merges;
 use crate::tokenizer::vocabulary::Vocabulary;
 
-/// Longer pieces use a heap; up to here looking through all ranks is quicker.
-const SHORT: usize = 64;
+/// So many symbols are joined by looking through all ranks again and again.
+const FEW: usize = 64;
 const NO_RANK: u32 = u32::MAX;
 const END: u32 = u32::MAX;
 
@@ -60,18 +62,114 @@ impl Bpe<'_> {
 
     /// Appends the ids that merges make of a piece.
     pub fn merge(&self, piece: &[u8], scratch: &mut Scratch, out: &mut Vec<u32>) {
+        let mut symbols = [0; FEW];
         let before = out.len();
-        if self.merges.are_ordered() && self.walk(piece, &mut scratch.dead, out) {
-            return;
+        if let Some(count) = self.symbols(piece, &mut symbols) {
+            self.join_few(&mut symbols, count, out);
+        } else if !(self.merges.are_ordered() && self.walk(piece, &mut scratch.dead, out)) {
+            out.truncate(before);
+            self.join_many(piece, scratch, out);
         }
-        out.truncate(before);
-        self.join(piece, scratch, out);
+    }
+
+    /// What merging can begin with: the piece's characters where each becomes one token before anything else happens at its
+    /// borders, else its bytes. None if that is more than `symbols` can hold.
+    #[inline]
+    fn symbols(&self, piece: &[u8], symbols: &mut [u32; FEW]) -> Option<usize> {
+        if piece.is_ascii() || !self.merges.are_ordered() {
+            return self.byte_symbols(piece, symbols);
+        }
+        let mut count = 0;
+        let mut at = 0;
+        while at < piece.len() {
+            let len = match piece[at] {
+                0xC2..0xE0 => 2,
+                0xE0..0xF0 => 3,
+                0xF0..0xF5 => 4,
+                _ => 1,
+            };
+            if at > 0 && self.merges.cross(piece[at - 1], piece[at]) {
+                return self.byte_symbols(piece, symbols);
+            }
+            let whole = match len {
+                1 => Some(self.merges.byte_id(piece[at])),
+                _ if at + len > piece.len() => None,
+                _ => self.vocabulary.merged_of_key(Key::new(window(piece, at), len)),
+            };
+            match whole {
+                Some(id) => {
+                    *symbols.get_mut(count)? = id;
+                    count += 1;
+                    at += len;
+                }
+                None => {
+                    for &byte in &piece[at..(at + len).min(piece.len())] {
+                        *symbols.get_mut(count)? = self.merges.byte_id(byte);
+                        count += 1;
+                    }
+                    at += len;
+                }
+            }
+        }
+        Some(count)
+    }
+
+    #[inline]
+    fn byte_symbols(&self, piece: &[u8], symbols: &mut [u32; FEW]) -> Option<usize> {
+        for (symbol, &byte) in symbols.get_mut(..piece.len())?.iter_mut().zip(piece) {
+            *symbol = self.merges.byte_id(byte);
+        }
+        Some(piece.len())
+    }
+
+    /// By the definition, for a few symbols. A bit of `alive` is a symbol that is still there.
+    fn join_few(&self, ids: &mut [u32; FEW], count: usize, out: &mut Vec<u32>) {
+        let (mut ranks, mut made) = ([NO_RANK; FEW], [0; FEW]);
+        let look = |left: u32, right: u32, at: usize, ranks: &mut [u32; FEW], made: &mut [u32; FEW]| {
+            (ranks[at], made[at]) =
+                self.merges.find(left, right).map_or((NO_RANK, 0), |pair| (pair.rank, pair.id));
+        };
+        for at in 1..count {
+            look(ids[at - 1], ids[at], at - 1, &mut ranks, &mut made);
+        }
+        let mut alive = u64::MAX >> (FEW - count);
+        loop {
+            let (mut best, mut at) = (NO_RANK, 0);
+            for (index, &rank) in ranks[..count].iter().enumerate() {
+                if rank < best {
+                    (best, at) = (rank, index);
+                }
+            }
+            if best == NO_RANK {
+                break;
+            }
+            ids[at] = made[at];
+            let behind = alive & (u64::MAX - 1) << at; // the first of them is what was joined
+            alive &= !(behind & behind.wrapping_neg());
+            ranks[behind.trailing_zeros() as usize] = NO_RANK;
+            let behind = alive & (u64::MAX - 1) << at;
+            if behind == 0 {
+                ranks[at] = NO_RANK;
+            } else {
+                look(ids[at], ids[behind.trailing_zeros() as usize], at, &mut ranks, &mut made);
+            }
+            let before = alive & ((1 << at) - 1);
+            if before != 0 {
+                let left = before.ilog2() as usize;
+                look(ids[left], ids[at], left, &mut ranks, &mut made);
+            }
+        }
+        while alive != 0 {
+            out.push(ids[alive.trailing_zeros() as usize]);
+            alive &= alive - 1;
+        }
     }
 
     /// From left to right; false, with something appended, if that took too many steps.
     fn walk(&self, piece: &[u8], dead: &mut Vec<u64>, out: &mut Vec<u32>) -> bool {
         let before = out.len();
-        let is_dead = |dead: &[u64], at: usize| dead.get(at / 64).is_some_and(|word| word >> (at % 64) & 1 == 1);
+        let is_dead =
+            |dead: &[u64], at: usize| dead.get(at / 64).is_some_and(|word| word >> (at % 64) & 1 == 1);
         dead.clear();
         let mut steps = piece.len() * MAX_STEPS + 64;
         let mut at = 0;
@@ -82,8 +180,7 @@ impl Bpe<'_> {
             }
             steps -= 1;
             if let Some((id, len)) = self.vocabulary.longest(piece, at, limit) {
-                let fits = out.len() == before
-                    || self.merges.compatible(out[out.len() - 1], id, NO_RANK);
+                let fits = out.len() == before || self.merges.compatible(out[out.len() - 1], id, NO_RANK);
                 if fits && !is_dead(dead, at + len) {
                     out.push(id);
                     at += len;
@@ -109,54 +206,16 @@ impl Bpe<'_> {
         true
     }
 
-    /// By the definition.
-    fn join(&self, piece: &[u8], scratch: &mut Scratch, out: &mut Vec<u32>) {
+    /// By the definition in O(n log n). A heap entry whose rank is no longer its symbol's is stale.
+    fn join_many(&self, piece: &[u8], scratch: &mut Scratch, out: &mut Vec<u32>) {
         debug_assert!(piece.len() < END as usize, "links are u32; Tokenizer::encode refuses longer texts");
-        let Scratch { ids, ranks, .. } = scratch;
+        let Scratch { ids, ranks, next, previous, heap, .. } = scratch;
+        let rank_of = |left: u32, right: u32| self.merges.find(left, right).map_or(NO_RANK, |pair| pair.rank);
         ids.clear();
         ids.extend(piece.iter().map(|&byte| self.merges.byte_id(byte)));
-        ranks.clear();
-        ranks.extend(ids.windows(2).map(|pair| self.rank(pair[0], pair[1])));
-        if piece.len() <= SHORT {
-            self.join_short(scratch)
-        } else {
-            self.join_long(scratch)
-        }
-        out.extend_from_slice(&scratch.ids);
-    }
-
-    fn rank(&self, left: u32, right: u32) -> u32 {
-        self.merges.find(left, right).map_or(NO_RANK, |pair| pair.rank)
-    }
-
-    fn joined(&self, left: u32, right: u32) -> u32 {
-        let Pair { id, .. } = self.merges.find(left, right).expect("a pair with a rank");
-        id
-    }
-
-    /// `ranks[i]` is that of symbols i and i + 1.
-    fn join_short(&self, scratch: &mut Scratch) {
-        let Scratch { ids, ranks, .. } = scratch;
-        while let Some((at, &rank)) = ranks.iter().enumerate().min_by_key(|&(_, &rank)| rank) {
-            if rank == NO_RANK {
-                break;
-            }
-            ids[at] = self.joined(ids[at], ids[at + 1]);
-            ids.remove(at + 1);
-            ranks.remove(at);
-            if at > 0 {
-                ranks[at - 1] = self.rank(ids[at - 1], ids[at]);
-            }
-            if at < ranks.len() {
-                ranks[at] = self.rank(ids[at], ids[at + 1]);
-            }
-        }
-    }
-
-    /// The same in O(n log n). A heap entry whose rank is no longer its symbol's is stale.
-    fn join_long(&self, scratch: &mut Scratch) {
-        let Scratch { ids, ranks, next, previous, heap, .. } = scratch;
         let len = ids.len() as u32;
+        ranks.clear();
+        ranks.extend(ids.windows(2).map(|pair| rank_of(pair[0], pair[1])));
         ranks.push(NO_RANK);
         next.clear();
         next.extend((1..len).chain([END]));
@@ -171,7 +230,8 @@ impl Bpe<'_> {
                 continue;
             }
             let right = next[left] as usize;
-            ids[left] = self.joined(ids[left], ids[right]);
+            let Some(pair) = self.merges.find(ids[left], ids[right]) else { continue };
+            ids[left] = pair.id;
             next[left] = next[right];
             ranks[right] = NO_RANK;
             if next[left] != END {
@@ -183,7 +243,7 @@ impl Bpe<'_> {
                 }
                 let (first, second) = (pair as usize, next[pair as usize]);
                 ranks[first] =
-                    if second == END { NO_RANK } else { self.rank(ids[first], ids[second as usize]) };
+                    if second == END { NO_RANK } else { rank_of(ids[first], ids[second as usize]) };
                 if ranks[first] != NO_RANK {
                     heap.push(Reverse((ranks[first], pair)));
                 }
@@ -195,7 +255,7 @@ impl Bpe<'_> {
             kept += 1;
             at = next[at as usize];
         }
-        ids.truncate(kept);
+        out.extend_from_slice(&ids[..kept]);
     }
 }
 
@@ -222,7 +282,8 @@ mod tests {
             for (index, (left, right)) in merges.iter().enumerate() {
                 let joined = [left.as_bytes(), right.as_bytes()].concat();
                 let earlier = &merges[..index];
-                if !earlier.iter().any(|(left, right)| [left.as_bytes(), right.as_bytes()].concat() == joined) {
+                if !earlier.iter().any(|(left, right)| [left.as_bytes(), right.as_bytes()].concat() == joined)
+                {
                     push(&joined);
                 }
             }
@@ -265,7 +326,9 @@ mod tests {
             loop {
                 let pairs = ids.windows(2).enumerate();
                 let ranked = pairs.filter_map(|(at, pair)| Some((at, bpe.merges.find(pair[0], pair[1])?)));
-                let Some((at, merge)) = ranked.min_by_key(|&(at, merge)| (merge.rank, at)) else { return ids };
+                let Some((at, merge)) = ranked.min_by_key(|&(at, merge)| (merge.rank, at)) else {
+                    return ids;
+                };
                 ids.splice(at..at + 2, [merge.id]);
             }
         }
@@ -297,7 +360,7 @@ mod tests {
             let expected = tables.by_definition(&piece);
             prop_assert_eq!(tables.encode(&piece), &expected[..]);
             let mut ids = Vec::new();
-            tables.bpe().join(&piece, &mut Scratch::default(), &mut ids);
+            tables.bpe().join_many(&piece, &mut Scratch::default(), &mut ids);
             prop_assert_eq!(ids, expected);
         }
 
@@ -379,7 +442,7 @@ mod tests {
         let tables = Tables::new(&ORDERED);
         let piece = b"abcaab".repeat(20_000);
         let mut ids = Vec::new();
-        tables.bpe().join(&piece, &mut Scratch::default(), &mut ids);
+        tables.bpe().join_many(&piece, &mut Scratch::default(), &mut ids);
         assert_eq!(tables.encode(&piece), ids);
     }
 

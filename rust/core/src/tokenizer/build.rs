@@ -29,7 +29,11 @@ pub fn tokenizer(
 
 /// Finds which tokens are pieces as they are, and which can be part of a longer piece. With `ignores_merges` a piece that is
 /// a token is that token in any case.
-pub fn set_uses(vocabulary: &mut VocabularyTables, merges: &MergesTables, ignores_merges: bool) -> Result<()> {
+pub fn set_uses(
+    vocabulary: &mut VocabularyTables,
+    merges: &MergesTables,
+    ignores_merges: bool,
+) -> Result<()> {
     let bpe = Bpe { vocabulary: vocabulary.view(), merges: merges.view() };
     let uses = if bpe.merges.are_ordered() {
         let whole = merges.made_whole(&bpe.vocabulary);

@@ -73,7 +73,12 @@ impl Tokenizer {
             behind: Vec::new(),
             trim: Trim::default(),
         };
-        post_processor(document.post_processor.as_ref(), "post_processor", &vocabulary.view(), &mut settings)?;
+        post_processor(
+            document.post_processor.as_ref(),
+            "post_processor",
+            &vocabulary.view(),
+            &mut settings,
+        )?;
         build::tokenizer(&settings, vocabulary, &merges, "tokenizer.json")
     }
 }
@@ -165,7 +170,8 @@ fn merges(vocabulary: &Vocabulary<'_>, merges: &[Merge<'_>]) -> Result<Vec<(u32,
             id.ok_or_else(|| unknown(token))
         };
         let (left_id, right_id) = (known(left)?, known(right)?);
-        let id = if vocabulary.bytes(guess) == joined { Some(guess) } else { vocabulary.id_of_bytes(&joined) };
+        let id =
+            if vocabulary.bytes(guess) == joined { Some(guess) } else { vocabulary.id_of_bytes(&joined) };
         let id = id.ok_or_else(|| unknown(&format!("{left}{right}")))?;
         guess = id + 1;
         Ok((left_id, right_id, id))
@@ -216,16 +222,21 @@ impl<'de: 'd, 'd> Deserialize<'de> for Merge<'d> {
             }
 
             fn visit_borrowed_str<E: de::Error>(self, text: &'de str) -> std::result::Result<Self::Value, E> {
-                let (left, right) = halves(text).ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))?;
+                let (left, right) =
+                    halves(text).ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))?;
                 Ok(Merge(left.into(), right.into()))
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> std::result::Result<Self::Value, E> {
-                let (left, right) = halves(text).ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))?;
+                let (left, right) =
+                    halves(text).ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))?;
                 Ok(Merge(left.to_owned().into(), right.to_owned().into()))
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> std::result::Result<Self::Value, A::Error> {
+            fn visit_seq<A: SeqAccess<'de>>(
+                self,
+                mut parts: A,
+            ) -> std::result::Result<Self::Value, A::Error> {
                 match (parts.next_element()?, parts.next_element()?, parts.next_element::<IgnoredAny>()?) {
                     (Some(Text(left)), Some(Text(right)), None) => Ok(Merge(left, right)),
                     _ => Err(de::Error::invalid_length(0, &self)),
@@ -402,8 +413,7 @@ impl Steps {
 
     /// Adds a step whose pattern can be served.
     fn push(&mut self, pattern: Source, behavior: Behavior, invert: bool, place: &str) -> Result<()> {
-        Pattern::new(&pattern)
-            .map_err(|construct| unsupported(format!("{place}.pattern"), construct))?;
+        Pattern::new(&pattern).map_err(|construct| unsupported(format!("{place}.pattern"), construct))?;
         self.steps.push(StepSettings::Split { pattern, behavior, invert });
         Ok(())
     }
@@ -475,7 +485,8 @@ fn post_processor(
     match kind {
         "ByteLevel" => {
             let byte_level: ByteLevel = self::settings(component, place)?;
-            settings.trim = Trim { spaces: byte_level.trim_offsets, keeps_first: byte_level.add_prefix_space };
+            settings.trim =
+                Trim { spaces: byte_level.trim_offsets, keeps_first: byte_level.add_prefix_space };
             Ok(())
         }
         "Sequence" => {

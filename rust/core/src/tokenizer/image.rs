@@ -45,9 +45,10 @@ enum Section {
     PairFilter,
     Parts,
     ByteIds,
+    Crossings,
 }
 
-const SECTIONS: usize = Section::ByteIds as usize + 1;
+const SECTIONS: usize = Section::Crossings as usize + 1;
 
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
@@ -102,6 +103,7 @@ impl Image {
         put(Section::PairFilter, bytemuck::cast_slice(&merges.filter));
         put(Section::Parts, bytemuck::cast_slice(&merges.parts));
         put(Section::ByteIds, bytemuck::cast_slice(&merges.byte_ids));
+        put(Section::Crossings, bytemuck::cast_slice(&merges.crossings));
         let aligned = |len: usize| len.next_multiple_of(size_of::<Line>());
         let mut end = aligned(size_of::<Header>());
         let sections = parts.map(|part| {
@@ -202,7 +204,12 @@ impl Image {
         Ok(header)
     }
 
-    fn section<T: AnyBitPattern + NoUninit>(&self, header: &Header, section: Section, place: &str) -> Result<&[T]> {
+    fn section<T: AnyBitPattern + NoUninit>(
+        &self,
+        header: &Header,
+        section: Section,
+        place: &str,
+    ) -> Result<&[T]> {
         let [start, len] = header.sections[section as usize];
         let range = start as usize..(start as usize).saturating_add(len as usize);
         self.bytes().get(range).and_then(|bytes| bytemuck::try_cast_slice(bytes).ok()).ok_or_else(|| {
@@ -238,6 +245,7 @@ impl Image {
             filter: Filter(self.section(&header, Section::PairFilter, place)?),
             parts: self.section(&header, Section::Parts, place)?,
             byte_ids: self.section(&header, Section::ByteIds, place)?,
+            crossings: self.section(&header, Section::Crossings, place)?,
             hasher: Hasher::new(merges_seed),
         };
         if !(vocabulary.fits() && merges.fit(vocabulary.len())) {

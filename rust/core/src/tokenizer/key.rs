@@ -31,6 +31,12 @@ impl Key {
         let bytes = (window & MASKS[len]) | (len as u128) << 120;
         Self { low: bytes as u64, high: (bytes >> 64) as u64 }
     }
+
+    /// The key of more bytes than fit: their hash and length, which two may share.
+    #[inline]
+    pub fn of_long(hash: u64, len: usize) -> Self {
+        Self { low: hash, high: 0xFF << 56 | len as u64 }
+    }
 }
 
 /// 16 bytes of `text` from `at` on, zeros behind its end.
@@ -73,6 +79,14 @@ impl Hasher {
     #[inline]
     pub fn pair(self, left: u32, right: u32) -> u64 {
         folded_product(u64::from(left) << 32 | u64::from(right) ^ self.first, self.second)
+    }
+
+    /// The key of bytes of any length, and its hash.
+    #[inline]
+    pub fn key_and_hash(self, bytes: &[u8]) -> (Key, u64) {
+        let hash = self.bytes(bytes);
+        let short = bytes.len() <= SHORT;
+        (if short { Key::new(window(bytes, 0), bytes.len()) } else { Key::of_long(hash, bytes.len()) }, hash)
     }
 
     /// The hash of bytes of any length; of those that fit a key, the key's.

@@ -13,6 +13,8 @@ use crate::tokenizer::vocabulary::Vocabulary;
 const MAX_PROBES: usize = 256;
 const SEEDS: u64 = 4;
 const NONE: u32 = u32::MAX;
+/// Words of a bit for each pair of bytes.
+const CROSSINGS: usize = 65536 / 64;
 /// The rank of what no merge makes; the first merge has rank 1.
 const BASE: u32 = 0;
 
@@ -53,6 +55,9 @@ pub struct Merges<'i> {
     pub parts: &'i [Parts],
     /// The token of each byte.
     pub byte_ids: &'i [u32],
+    /// A bit for each pair of bytes: a merge joins a part of a character with something beyond the character, and these two
+    /// bytes face each other at the border.
+    pub crossings: &'i [u64],
     /// The hash function of these tables.
     pub hasher: Hasher,
 }
@@ -63,6 +68,7 @@ impl Merges<'_> {
         !self.pairs.is_empty()
             && self.filter.fits()
             && self.byte_ids.len() == 256
+            && self.crossings.len() == CROSSINGS
             && self.parts.len() <= ids
             && are_ordered(self.parts)
     }
@@ -97,6 +103,14 @@ impl Merges<'_> {
         self.byte_ids[usize::from(byte)]
     }
 
+    /// Whether at a border between characters, where these bytes face each other, something may be joined before both
+    /// characters are whole.
+    #[inline]
+    pub fn cross(&self, last: u8, first: u8) -> bool {
+        let pair = usize::from(last) << 8 | usize::from(first);
+        self.crossings[pair / 64] >> (pair % 64) & 1 == 1
+    }
+
     /// Whether [`Merges::compatible`] decides.
     pub fn are_ordered(&self) -> bool {
         !self.parts.is_empty()
@@ -129,6 +143,19 @@ impl Merges<'_> {
     }
 }
 
+/// Marks the borders between characters inside a token that begins or ends with a part of a character.
+fn mark_crossings(token: &[u8], crossings: &mut [u64]) {
+    let is_inside = |&byte: &u8| byte & 0xC0 == 0x80;
+    let Some(last) = token.iter().rposition(|byte| !is_inside(byte)) else { return };
+    let whole = std::str::from_utf8(&token[last..]).is_ok();
+    if is_inside(&token[0]) || !whole {
+        for at in (1..token.len()).filter(|&at| !is_inside(&token[at])) {
+            let pair = usize::from(token[at - 1]) << 8 | usize::from(token[at]);
+            crossings[pair / 64] |= 1 << (pair % 64);
+        }
+    }
+}
+
 /// Whether each merge ranks behind those of its parts.
 fn are_ordered(parts: &[Parts]) -> bool {
     let rank = |id: u32| parts.get(id as usize).map_or(NONE, |parts| parts.rank);
@@ -141,6 +168,7 @@ pub struct MergesTables {
     pub filter: Vec<u64>,
     pub parts: Vec<Parts>,
     pub byte_ids: Vec<u32>,
+    pub crossings: Vec<u64>,
     pub seed: u64,
 }
 
@@ -155,6 +183,7 @@ impl MergesTables {
             filter: Vec::new(),
             parts: vec![WHOLE; vocabulary.len()],
             byte_ids,
+            crossings: vec![0; CROSSINGS],
             seed: 0,
         };
         let filled = (0..SEEDS).any(|seed| {
@@ -171,6 +200,7 @@ impl MergesTables {
             Filter::build(found().map(|pair| hasher.pair(pair.left, pair.right)), found().count());
         let mut made_twice = false;
         for pair in tables.pairs.iter().filter(|pair| pair.id != NONE) {
+            mark_crossings(vocabulary.bytes(pair.id), &mut tables.crossings);
             let Some(parts) = tables.parts.get_mut(pair.id as usize) else { continue };
             made_twice |= parts.rank != BASE;
             *parts = Parts { left: pair.left, right: pair.right, rank: pair.rank };
@@ -228,6 +258,7 @@ impl MergesTables {
             filter: Filter(&self.filter),
             parts: &self.parts,
             byte_ids: &self.byte_ids,
+            crossings: &self.crossings,
             hasher: Hasher::new(self.seed),
         }
     }

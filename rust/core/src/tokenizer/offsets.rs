@@ -46,7 +46,12 @@ impl Tokenizer {
     }
 
     /// The same without what a post-processor does.
-    pub(super) fn encode_untrimmed(&self, text: &str, options: EncodeOptions<'_>, unit: Unit) -> Result<Located> {
+    pub(super) fn encode_untrimmed(
+        &self,
+        text: &str,
+        options: EncodeOptions<'_>,
+        unit: Unit,
+    ) -> Result<Located> {
         let mut ids = Vec::with_capacity(text.len() / 4 + 8);
         let mut offsets = Vec::with_capacity(text.len() / 4 + 8);
         self.pool().with(|scratch| {
@@ -154,7 +159,11 @@ impl Place {
     /// Origins of the bytes of the section's normalized form.
     fn origins(&self, text: &str, tokenizer: &Tokenizer) -> Origins<'_> {
         let section = self.section.clone();
-        Origins { start: section.start, characters: tokenizer.settings().normalizer.origins(&text[section]), place: self }
+        Origins {
+            start: section.start,
+            characters: tokenizer.settings().normalizer.origins(&text[section]),
+            place: self,
+        }
     }
 
     /// The stretch of the text that the part comes from.

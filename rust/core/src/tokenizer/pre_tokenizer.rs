@@ -92,7 +92,8 @@ impl PreTokenizer {
 
     /// Whether the pieces, one after the other, are the text.
     pub fn covers(&self) -> bool {
-        let covers = |step: &Step| matches!(step, Step::Split { behavior, .. } if *behavior != Behavior::Removed);
+        let covers =
+            |step: &Step| matches!(step, Step::Split { behavior, .. } if *behavior != Behavior::Removed);
         self.steps.iter().all(covers)
     }
 

@@ -100,9 +100,8 @@ impl Tokenizer {
             .map(|step| Step::new(step).map_err(|construct| unsupported("pattern", construct)))
             .collect::<Result<Vec<_>>>()?;
         let normalizer = settings.normalizer;
-        let added_tokens = AddedTokens::new(settings.added_tokens.clone(), |text| {
-            normalizer.apply(text).into_owned()
-        })?;
+        let added_tokens =
+            AddedTokens::new(settings.added_tokens.clone(), |text| normalizer.apply(text).into_owned())?;
         Ok(Self {
             compiled: Compiled::new(image, place)?,
             scanner: Scanner::recognise(&steps),
@@ -219,7 +218,11 @@ impl Tokenizer {
     ///
     /// # Errors
     /// [`TokenizerError::Argument`] for 4 GiB of text or more.
-    pub fn encode_segments<T: AsRef<str>>(&self, segments: &[(T, bool)], add_special_tokens: bool) -> Result<Vec<u32>> {
+    pub fn encode_segments<T: AsRef<str>>(
+        &self,
+        segments: &[(T, bool)],
+        add_special_tokens: bool,
+    ) -> Result<Vec<u32>> {
         let mut ids = Vec::new();
         if add_special_tokens {
             ids.extend_from_slice(&self.settings.before);
@@ -365,9 +368,8 @@ impl Tokenizer {
         match byte_level::bytes_of(token) {
             Some(bytes) => vocabulary.id_of_bytes(&bytes),
             None => {
-                let texts = || {
-                    vocabulary.texts().filter_map(|id| Some((vocabulary.string(id)?, id))).collect()
-                };
+                let texts =
+                    || vocabulary.texts().filter_map(|id| Some((vocabulary.string(id)?, id))).collect();
                 self.texts.get_or_init(texts).get(token).copied()
             }
         }

@@ -5,6 +5,8 @@
 
 use std::collections::HashMap;
 
+use bytemuck::Zeroable;
+
 use crate::tokenizer::byte_level;
 use crate::tokenizer::error::{Result, TokenizerError, invalid};
 use crate::tokenizer::key::{Filter, Hasher, Key, SHORT, place, window};
@@ -29,14 +31,23 @@ const SPECIAL: u8 = 4;
 /// Zeros behind the last token's bytes, so that a window never ends early.
 const PAD: usize = 16;
 
-const EMPTY: u64 = u64::MAX;
-const ID_BITS: u64 = 0xFF_FFFF;
 /// In a slot: a piece of these bytes is this token, no merge is needed.
-const PIECE: u64 = 1 << 24;
+const PIECE: u32 = 1 << 24;
 /// In a slot: merges make this token of its own bytes, so it can be part of a longer piece.
-const MERGED: u64 = 1 << 25;
-/// The bits of a hash that a slot keeps; never all of [`EMPTY`]'s.
-const TAG: u64 = (u64::MAX >> 1) & !(ID_BITS | PIECE | MERGED);
+const MERGED: u32 = 1 << 25;
+const ID_BITS: u32 = 0xFF_FFFF;
+
+/// A token that can be found by its bytes: those of a short one are in the slot.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub struct Slot {
+    key: Key,
+    /// Id and uses.
+    id: u32,
+    _padding: u32,
+}
+
+const EMPTY: u32 = u32::MAX;
 
 /// Slots of the table of lengths.
 const LENGTHS: usize = 1 << 15;
@@ -61,8 +72,8 @@ pub struct Vocabulary<'i> {
     pub starts: &'i [u32],
     /// By id: PRESENT, BYTES, SPECIAL.
     pub kinds: &'i [u8],
-    /// Ids by the hash of their bytes, of tokens in the byte-level alphabet: tag, uses, id.
-    pub slots: &'i [u64],
+    /// Tokens in the byte-level alphabet, by the hash of their bytes.
+    pub slots: &'i [Slot],
     /// The hashes that `slots` has.
     pub filter: Filter<'i>,
     /// By the hash of three bytes: the lengths of merged tokens that begin with them, a bit each.
@@ -122,7 +133,8 @@ impl<'i> Vocabulary<'i> {
     pub fn spaces(&self, id: u32) -> (u32, u32) {
         let bytes = self.bytes(id);
         if self.kind(id) & BYTES != 0 {
-            let count = |bytes: &mut dyn Iterator<Item = &u8>| bytes.take_while(|&&byte| byte == b' ').count() as u32;
+            let count =
+                |bytes: &mut dyn Iterator<Item = &u8>| bytes.take_while(|&&byte| byte == b' ').count() as u32;
             return (count(&mut bytes.iter()), count(&mut bytes.iter().rev()));
         }
         // The reference looks at the token's string, where a letter of the alphabet stands for the space.
@@ -143,51 +155,45 @@ impl<'i> Vocabulary<'i> {
 
     /// The token of these bytes that is written in the byte-level alphabet.
     pub fn id_of_bytes(&self, bytes: &[u8]) -> Option<u32> {
-        self.find(bytes, self.hasher.bytes(bytes), 0)
+        self.find(bytes, 0)
     }
 
     /// The token that a piece of these bytes is, if no merge is needed.
     #[inline]
     pub fn piece(&self, bytes: &[u8]) -> Option<u32> {
-        self.find(bytes, self.hasher.bytes(bytes), PIECE)
+        self.find(bytes, PIECE)
     }
 
     /// The same for a key and its hash.
     #[inline]
     pub fn piece_of_key(&self, key: Key, hash: u64) -> Option<u32> {
-        self.find_key(key, hash, PIECE)
+        if self.filter.has(hash) { self.probe(key, hash, PIECE, |_| true) } else { None }
+    }
+
+    /// The token that merges make of a key's bytes.
+    #[inline]
+    pub fn merged_of_key(&self, key: Key) -> Option<u32> {
+        let hash = self.hasher.key(key);
+        if self.filter.has(hash) { self.probe(key, hash, MERGED, |_| true) } else { None }
     }
 
     #[inline]
-    fn find(&self, bytes: &[u8], hash: u64, use_: u64) -> Option<u32> {
-        self.probe(hash, use_, |id| self.bytes(id) == bytes)
+    fn find(&self, bytes: &[u8], use_: u32) -> Option<u32> {
+        let (key, hash) = self.hasher.key_and_hash(bytes);
+        self.probe(key, hash, use_, |id| bytes.len() <= SHORT || self.bytes(id) == bytes)
     }
 
+    /// The token of this key and use, if it `is_it` beyond its key.
     #[inline]
-    fn find_key(&self, key: Key, hash: u64, use_: u64) -> Option<u32> {
-        if !self.filter.has(hash) {
-            return None;
-        }
-        self.probe(hash, use_, |id| {
-            let index = id as usize;
-            let Some(&[start, end]) = self.starts.get(index..index + 2) else { return false };
-            let len = end.wrapping_sub(start) as usize;
-            len <= SHORT && Key::new(window(self.bytes, start as usize), len) == key
-        })
-    }
-
-    /// The first slot of this hash and use whose token `is_it`.
-    #[inline]
-    fn probe(&self, hash: u64, use_: u64, is_it: impl Fn(u32) -> bool) -> Option<u32> {
+    fn probe(&self, key: Key, hash: u64, use_: u32, is_it: impl Fn(u32) -> bool) -> Option<u32> {
         let mut at = place(hash, self.slots.len());
         for _ in 0..MAX_PROBES {
-            let slot = self.slots[at];
-            if slot == EMPTY {
-                return None;
+            let slot = &self.slots[at];
+            if slot.key == key && slot.id & use_ == use_ && is_it(slot.id & ID_BITS) {
+                return Some(slot.id & ID_BITS).filter(|_| slot.id != EMPTY);
             }
-            let id = (slot & ID_BITS) as u32;
-            if (slot ^ hash) & TAG == 0 && slot & use_ == use_ && is_it(id) {
-                return Some(id);
+            if slot.id == EMPTY {
+                return None;
             }
             at += 1;
             if at == self.slots.len() {
@@ -216,8 +222,7 @@ impl<'i> Vocabulary<'i> {
         while lengths != 0 {
             let len = lengths.ilog2() as usize;
             lengths ^= 1 << len;
-            let key = Key::new(window, len);
-            if let Some(id) = self.find_key(key, self.hasher.key(key), MERGED) {
+            if let Some(id) = self.merged_of_key(Key::new(window, len)) {
                 return Some((id, len));
             }
         }
@@ -254,7 +259,7 @@ pub struct VocabularyTables {
     pub bytes: Vec<u8>,
     pub starts: Vec<u32>,
     pub kinds: Vec<u8>,
-    pub slots: Vec<u64>,
+    pub slots: Vec<Slot>,
     pub filter: Vec<u64>,
     pub lengths: Vec<u16>,
     pub long: Vec<u32>,
@@ -307,7 +312,11 @@ impl TokenList {
             return Err(invalid(place, "an id of its own for each token", format!("{id} twice")));
         }
         if index - self.kinds.len() > MAX_GAPS {
-            return Err(invalid(place, format!("at most {MAX_GAPS} ids without a token"), format!("id {id}")));
+            return Err(invalid(
+                place,
+                format!("at most {MAX_GAPS} ids without a token"),
+                format!("id {id}"),
+            ));
         }
         let end = u32::try_from(self.bytes.len())
             .map_err(|_| invalid(place, "less than 4 GiB of tokens", "more"))?;
@@ -339,7 +348,8 @@ impl VocabularyTables {
         };
         for seed in 0..SEEDS {
             tables.seed = seed;
-            tables.slots = vec![EMPTY; (count + spare) * 2 + 1];
+            tables.slots =
+                vec![Slot { key: Key::zeroed(), id: EMPTY, _padding: 0 }; (count + spare) * 5 / 3 + 1];
             tables.texts.clear();
             if !tables.fill()? {
                 continue;
@@ -385,15 +395,15 @@ impl VocabularyTables {
         }
         let vocabulary = self.view();
         let bytes = vocabulary.bytes(id);
-        let hash = vocabulary.hasher.bytes(bytes);
+        let (key, hash) = vocabulary.hasher.key_and_hash(bytes);
         let mut at = place(hash, self.slots.len());
         for _ in 0..MAX_PROBES {
             let slot = self.slots[at];
-            if slot == EMPTY {
-                self.slots[at] = hash & TAG | u64::from(id);
+            if slot.id == EMPTY {
+                self.slots[at] = Slot { key, id, _padding: 0 };
                 return Ok(true);
             }
-            if (slot ^ hash) & TAG == 0 && vocabulary.bytes((slot & ID_BITS) as u32) == bytes {
+            if slot.key == key && vocabulary.bytes(slot.id) == bytes {
                 return Err(twice(bytes));
             }
             at = (at + 1) % self.slots.len();
@@ -429,10 +439,10 @@ impl VocabularyTables {
         let hasher = Hasher::new(self.seed);
         let bits = |id: u32| {
             let uses = uses.get(id as usize).copied().unwrap_or_default();
-            u64::from(uses.piece) * PIECE | u64::from(uses.merged) * MERGED
+            u32::from(uses.piece) * PIECE | u32::from(uses.merged) * MERGED
         };
-        for slot in self.slots.iter_mut().filter(|slot| **slot != EMPTY) {
-            *slot |= bits((*slot & ID_BITS) as u32);
+        for slot in self.slots.iter_mut().filter(|slot| slot.id != EMPTY) {
+            slot.id |= bits(slot.id);
         }
         let vocabulary = self.view();
         let used: Vec<u32> = (0..self.kinds.len() as u32).filter(|&id| bits(id) != 0).collect();
