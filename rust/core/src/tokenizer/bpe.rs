@@ -9,8 +9,10 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
+use bytemuck::Zeroable;
+
 use crate::tokenizer::key::{Key, window};
-use crate::tokenizer::merges::Merges;
+use crate::tokenizer::merges::{Merges, Pair};
 use crate::tokenizer::vocabulary::Vocabulary;
 
 /// So many symbols are joined by looking through all ranks again and again.
@@ -21,9 +23,31 @@ const END: u32 = u32::MAX;
 /// Steps a byte that the walk may take; real text needs less than one.
 const MAX_STEPS: usize = 8;
 
-/// Working memory: the symbols of a piece as a doubly linked list, and the dead ends of a walk.
+/// A few symbols, the ranks of each with the next and what they become, and what is looked up.
+struct Few {
+    ids: [u32; FEW],
+    ranks: [u32; FEW],
+    made: [u32; FEW],
+    hashes: [u64; FEW],
+    maybe: [(u32, Pair); FEW],
+}
+
+impl Default for Few {
+    fn default() -> Self {
+        Self {
+            ids: [0; FEW],
+            ranks: [0; FEW],
+            made: [0; FEW],
+            hashes: [0; FEW],
+            maybe: [(0, Pair::zeroed()); FEW],
+        }
+    }
+}
+
+/// Working memory: a few symbols, or those of a long piece as a doubly linked list, and the dead ends of a walk.
 #[derive(Default)]
 pub struct Scratch {
+    few: Box<Few>,
     ids: Vec<u32>,
     ranks: Vec<u32>,
     next: Vec<u32>,
@@ -62,60 +86,52 @@ impl Bpe<'_> {
 
     /// Appends the ids that merges make of a piece.
     pub fn merge(&self, piece: &[u8], scratch: &mut Scratch, out: &mut Vec<u32>) {
-        let mut symbols = [0; FEW];
         let before = out.len();
-        if let Some(count) = self.symbols(piece, &mut symbols) {
-            self.join_few(&mut symbols, count, out);
+        if let Some(count) = self.symbols(piece, &mut scratch.few.ids) {
+            self.join_few(&mut scratch.few, count, out);
         } else if !(self.merges.are_ordered() && self.walk(piece, &mut scratch.dead, out)) {
             out.truncate(before);
             self.join_many(piece, scratch, out);
         }
     }
 
-    /// What merging can begin with: the piece's characters where each becomes one token before anything else happens at its
-    /// borders, else its bytes. None if that is more than `symbols` can hold.
+    /// What merging can begin with: the piece's characters where each becomes one token before anything happens at its
+    /// borders, and bytes elsewhere. None if that is more than `symbols` can hold.
     #[inline]
     fn symbols(&self, piece: &[u8], symbols: &mut [u32; FEW]) -> Option<usize> {
-        if piece.is_ascii() || !self.merges.are_ordered() {
+        if !self.merges.are_ordered() || piece.is_ascii() {
             return self.byte_symbols(piece, symbols);
         }
-        let mut count = 0;
-        let mut at = 0;
+        let (mut count, mut at) = (0, 0);
+        let mut crossed = false; // at the border before this character
         while at < piece.len() {
             let len = match piece[at] {
                 0xC2..0xE0 => 2,
                 0xE0..0xF0 => 3,
-                0xF0..0xF5 => 4,
+                0xF0.. => 4,
                 _ => 1,
             };
-            if at > 0 && self.merges.cross(piece[at - 1], piece[at]) {
-                return self.byte_symbols(piece, symbols);
-            }
-            let whole = match len {
-                1 => Some(self.merges.byte_id(piece[at])),
-                _ if at + len > piece.len() => None,
-                _ => self.vocabulary.merged_of_key(Key::new(window(piece, at), len)),
+            let end = (at + len).min(piece.len());
+            let crosses = piece.get(end).is_some_and(|&next| self.merges.cross(piece[end - 1], next));
+            let whole = if len == 1 || crossed || crosses {
+                None
+            } else {
+                self.vocabulary.merged_of_key(Key::new(window(piece, at), end - at))
             };
             match whole {
                 Some(id) => {
                     *symbols.get_mut(count)? = id;
                     count += 1;
-                    at += len;
                 }
-                None => {
-                    for &byte in &piece[at..(at + len).min(piece.len())] {
-                        *symbols.get_mut(count)? = self.merges.byte_id(byte);
-                        count += 1;
-                    }
-                    at += len;
-                }
+                None => count += self.byte_symbols(&piece[at..end], symbols.get_mut(count..)?)?,
             }
+            (at, crossed) = (end, crosses);
         }
         Some(count)
     }
 
     #[inline]
-    fn byte_symbols(&self, piece: &[u8], symbols: &mut [u32; FEW]) -> Option<usize> {
+    fn byte_symbols(&self, piece: &[u8], symbols: &mut [u32]) -> Option<usize> {
         for (symbol, &byte) in symbols.get_mut(..piece.len())?.iter_mut().zip(piece) {
             *symbol = self.merges.byte_id(byte);
         }
@@ -123,14 +139,26 @@ impl Bpe<'_> {
     }
 
     /// By the definition, for a few symbols. A bit of `alive` is a symbol that is still there.
-    fn join_few(&self, ids: &mut [u32; FEW], count: usize, out: &mut Vec<u32>) {
-        let (mut ranks, mut made) = ([NO_RANK; FEW], [0; FEW]);
-        let look = |left: u32, right: u32, at: usize, ranks: &mut [u32; FEW], made: &mut [u32; FEW]| {
-            (ranks[at], made[at]) =
-                self.merges.find(left, right).map_or((NO_RANK, 0), |pair| (pair.rank, pair.id));
-        };
+    fn join_few(&self, few: &mut Few, count: usize, out: &mut Vec<u32>) {
+        let Few { ids, ranks, made, hashes, maybe } = few;
+        // The tables are larger than the nearest caches. What to look up is gathered first and looked up without a branch
+        // between, so that the processor waits once and not for each.
+        let mut found = 0;
         for at in 1..count {
-            look(ids[at - 1], ids[at], at - 1, &mut ranks, &mut made);
+            ranks[at - 1] = NO_RANK;
+            hashes[at - 1] = self.merges.hasher.pair(ids[at - 1], ids[at]);
+            maybe[found].0 = at as u32 - 1;
+            found += usize::from(self.merges.filter.has(hashes[at - 1]));
+        }
+        ranks[count - 1] = NO_RANK;
+        for (at, pair) in &mut maybe[..found] {
+            *pair = self.merges.first(hashes[*at as usize]);
+        }
+        for (at, first) in &maybe[..found] {
+            let at = *at as usize;
+            if let Some(pair) = self.merges.find_from(*first, hashes[at], ids[at], ids[at + 1]) {
+                (ranks[at], made[at]) = (pair.rank, pair.id);
+            }
         }
         let mut alive = u64::MAX >> (FEW - count);
         loop {
@@ -148,15 +176,18 @@ impl Bpe<'_> {
             alive &= !(behind & behind.wrapping_neg());
             ranks[behind.trailing_zeros() as usize] = NO_RANK;
             let behind = alive & (u64::MAX - 1) << at;
-            if behind == 0 {
-                ranks[at] = NO_RANK;
-            } else {
-                look(ids[at], ids[behind.trailing_zeros() as usize], at, &mut ranks, &mut made);
-            }
             let before = alive & ((1 << at) - 1);
+            let mut look = |left: usize, right: usize| {
+                let pair = self.merges.find(ids[left], ids[right]);
+                (ranks[left], made[left]) = pair.map_or((NO_RANK, 0), |pair| (pair.rank, pair.id));
+            };
             if before != 0 {
-                let left = before.ilog2() as usize;
-                look(ids[left], ids[at], left, &mut ranks, &mut made);
+                look(before.ilog2() as usize, at);
+            }
+            if behind != 0 {
+                look(at, behind.trailing_zeros() as usize);
+            } else {
+                ranks[at] = NO_RANK;
             }
         }
         while alive != 0 {

@@ -78,7 +78,7 @@ impl Hasher {
     /// The hash of a pair of ids.
     #[inline]
     pub fn pair(self, left: u32, right: u32) -> u64 {
-        folded_product(u64::from(left) << 32 | u64::from(right) ^ self.first, self.second)
+        folded_product((u64::from(left) << 32 | u64::from(right)) ^ self.first, self.second)
     }
 
     /// The key of bytes of any length, and its hash.

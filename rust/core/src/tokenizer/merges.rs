@@ -77,12 +77,21 @@ impl Merges<'_> {
     #[inline]
     pub fn find(&self, left: u32, right: u32) -> Option<Pair> {
         let hash = self.hasher.pair(left, right);
-        if !self.filter.has(hash) {
-            return None;
-        }
+        if self.filter.has(hash) { self.find_from(self.first(hash), hash, left, right) } else { None }
+    }
+
+    /// The pair where the search for a hash begins.
+    #[inline]
+    pub fn first(&self, hash: u64) -> Pair {
+        self.pairs[place(hash, self.pairs.len())]
+    }
+
+    /// The merge of two neighbours, whose search begins with `first`.
+    #[inline]
+    pub fn find_from(&self, first: Pair, hash: u64, left: u32, right: u32) -> Option<Pair> {
+        let mut pair = first;
         let mut at = place(hash, self.pairs.len());
         for _ in 0..MAX_PROBES {
-            let pair = self.pairs[at];
             if pair.left == left && pair.right == right {
                 return Some(pair);
             }
@@ -93,6 +102,7 @@ impl Merges<'_> {
             if at == self.pairs.len() {
                 at = 0;
             }
+            pair = self.pairs[at];
         }
         None
     }
