@@ -11,22 +11,25 @@ use std::collections::BinaryHeap;
 
 use bytemuck::Zeroable;
 
-use crate::tokenizer::key::{Key, window};
 use crate::tokenizer::merges::{Merges, Pair};
 use crate::tokenizer::vocabulary::Vocabulary;
 
 /// So many symbols are joined by looking through all ranks again and again.
 const FEW: usize = 64;
+/// So many of them are looked at together.
+const GROUP: usize = 8;
+/// Behind every pair that can be joined.
+const LAST: i32 = i32::MAX;
 const NO_RANK: u32 = u32::MAX;
 const END: u32 = u32::MAX;
 
 /// Steps a byte that the walk may take; real text needs less than one.
 const MAX_STEPS: usize = 8;
 
-/// A few symbols, the ranks of each with the next and what they become, and what is looked up.
+/// A few symbols, the order of each with the next and what they become, and what is looked up.
 struct Few {
     ids: [u32; FEW],
-    ranks: [u32; FEW],
+    order: [i32; FEW],
     made: [u32; FEW],
     hashes: [u64; FEW],
     maybe: [(u32, Pair); FEW],
@@ -36,12 +39,18 @@ impl Default for Few {
     fn default() -> Self {
         Self {
             ids: [0; FEW],
-            ranks: [0; FEW],
+            order: [0; FEW],
             made: [0; FEW],
             hashes: [0; FEW],
             maybe: [(0, Pair::zeroed()); FEW],
         }
     }
+}
+
+/// Ranks are below 2^24, so that rank and place fit an i32, whose least of several every machine finds quickly.
+#[inline]
+fn in_order(pair: Pair, at: usize) -> i32 {
+    (pair.rank as i32) << FEW.ilog2() | at as i32
 }
 
 /// Working memory: a few symbols, or those of a long piece as a doubly linked list, and the dead ends of a walk.
@@ -116,7 +125,7 @@ impl Bpe<'_> {
             let whole = if len == 1 || crossed || crosses {
                 None
             } else {
-                self.vocabulary.merged_of_key(Key::new(window(piece, at), end - at))
+                self.vocabulary.character(&piece[at..end])
             };
             match whole {
                 Some(id) => {
@@ -138,48 +147,49 @@ impl Bpe<'_> {
         Some(piece.len())
     }
 
-    /// By the definition, for a few symbols. A bit of `alive` is a symbol that is still there.
+    /// By the definition, for a few symbols. A bit of `alive` is a symbol that is still there; the order of a pair is its
+    /// rank and, behind it, its place.
     fn join_few(&self, few: &mut Few, count: usize, out: &mut Vec<u32>) {
-        let Few { ids, ranks, made, hashes, maybe } = few;
+        let Few { ids, order, made, hashes, maybe } = few;
         // The tables are larger than the nearest caches. What to look up is gathered first and looked up without a branch
         // between, so that the processor waits once and not for each.
         let mut found = 0;
         for at in 1..count {
-            ranks[at - 1] = NO_RANK;
             hashes[at - 1] = self.merges.hasher.pair(ids[at - 1], ids[at]);
             maybe[found].0 = at as u32 - 1;
             found += usize::from(self.merges.filter.has(hashes[at - 1]));
         }
-        ranks[count - 1] = NO_RANK;
+        let groups = count.div_ceil(GROUP);
+        order[..groups * GROUP].fill(LAST);
         for (at, pair) in &mut maybe[..found] {
             *pair = self.merges.first(hashes[*at as usize]);
         }
         for (at, first) in &maybe[..found] {
             let at = *at as usize;
             if let Some(pair) = self.merges.find_from(*first, hashes[at], ids[at], ids[at + 1]) {
-                (ranks[at], made[at]) = (pair.rank, pair.id);
+                (order[at], made[at]) = (in_order(pair, at), pair.id);
             }
         }
         let mut alive = u64::MAX >> (FEW - count);
         loop {
-            let (mut best, mut at) = (NO_RANK, 0);
-            for (index, &rank) in ranks[..count].iter().enumerate() {
-                if rank < best {
-                    (best, at) = (rank, index);
-                }
+            let mut firsts = [LAST; GROUP];
+            for group in order[..groups * GROUP].chunks_exact(GROUP) {
+                firsts.iter_mut().zip(group).for_each(|(first, &other)| *first = (*first).min(other));
             }
-            if best == NO_RANK {
+            let first = firsts.into_iter().fold(LAST, i32::min);
+            if first == LAST {
                 break;
             }
+            let at = first as usize % FEW;
             ids[at] = made[at];
             let behind = alive & (u64::MAX - 1) << at; // the first of them is what was joined
             alive &= !(behind & behind.wrapping_neg());
-            ranks[behind.trailing_zeros() as usize] = NO_RANK;
+            order[behind.trailing_zeros() as usize] = LAST;
             let behind = alive & (u64::MAX - 1) << at;
             let before = alive & ((1 << at) - 1);
             let mut look = |left: usize, right: usize| {
                 let pair = self.merges.find(ids[left], ids[right]);
-                (ranks[left], made[left]) = pair.map_or((NO_RANK, 0), |pair| (pair.rank, pair.id));
+                (order[left], made[left]) = pair.map_or((LAST, 0), |pair| (in_order(pair, left), pair.id));
             };
             if before != 0 {
                 look(before.ilog2() as usize, at);
@@ -187,7 +197,7 @@ impl Bpe<'_> {
             if behind != 0 {
                 look(at, behind.trailing_zeros() as usize);
             } else {
-                ranks[at] = NO_RANK;
+                order[at] = LAST;
             }
         }
         while alive != 0 {

@@ -41,6 +41,7 @@ enum Section {
     Lengths,
     Long,
     LongSlots,
+    Characters,
     Pairs,
     PairFilter,
     Parts,
@@ -77,7 +78,7 @@ pub enum Image {
     Mapped(Mmap),
 }
 
-/// Lines of memory and the number of bytes used.
+/// Memory and the number of bytes used.
 pub struct Owned {
     lines: Vec<Line>,
     len: usize,
@@ -99,6 +100,7 @@ impl Image {
         put(Section::Lengths, bytemuck::cast_slice(&vocabulary.lengths));
         put(Section::Long, bytemuck::cast_slice(&vocabulary.long));
         put(Section::LongSlots, bytemuck::cast_slice(&vocabulary.long_slots));
+        put(Section::Characters, bytemuck::cast_slice(&vocabulary.characters));
         put(Section::Pairs, bytemuck::cast_slice(&merges.pairs));
         put(Section::PairFilter, bytemuck::cast_slice(&merges.filter));
         put(Section::Parts, bytemuck::cast_slice(&merges.parts));
@@ -238,6 +240,7 @@ impl Image {
             lengths: self.section(&header, Section::Lengths, place)?,
             long: self.section(&header, Section::Long, place)?,
             long_slots: self.section(&header, Section::LongSlots, place)?,
+            characters: self.section(&header, Section::Characters, place)?,
             hasher: Hasher::new(vocabulary_seed),
         };
         let merges = Merges {

@@ -10,6 +10,8 @@ use crate::tokenizer::error::{Result, invalid};
 use crate::tokenizer::key::{Filter, Hasher, place};
 use crate::tokenizer::vocabulary::Vocabulary;
 
+/// More merges than ids are no real file's.
+const MAX_MERGES: usize = 1 << 24;
 const MAX_PROBES: usize = 256;
 const SEEDS: u64 = 4;
 const NONE: u32 = u32::MAX;
@@ -71,6 +73,7 @@ impl Merges<'_> {
             && self.crossings.len() == CROSSINGS
             && self.parts.len() <= ids
             && are_ordered(self.parts)
+            && self.pairs.iter().all(|pair| pair.id == NONE || pair.rank as usize <= MAX_MERGES)
     }
 
     /// The merge of two neighbours.
@@ -185,6 +188,13 @@ pub struct MergesTables {
 impl MergesTables {
     /// From pairs of ids and what they become, in order of rank; of a pair that comes twice the last rank counts.
     pub fn new(vocabulary: &Vocabulary<'_>, merges: &[(u32, u32, u32)], place_name: &str) -> Result<Self> {
+        if merges.len() >= MAX_MERGES {
+            return Err(invalid(
+                place_name,
+                format!("less than {MAX_MERGES} merges"),
+                merges.len().to_string(),
+            ));
+        }
         let byte_ids = (0..=255u8)
             .map(|byte| vocabulary.id_of_bytes(&[byte]).expect("a vocabulary has every byte"))
             .collect();

@@ -49,6 +49,12 @@ pub struct Slot {
 
 const EMPTY: u32 = u32::MAX;
 
+/// No token.
+const NONE: u32 = u32::MAX;
+
+/// Characters in the table of characters.
+const CHARACTERS: usize = 0x10000;
+
 /// Slots of the table of lengths.
 const LENGTHS: usize = 1 << 15;
 /// In a mask of lengths: a token longer than [`SHORT`] may begin here.
@@ -82,6 +88,8 @@ pub struct Vocabulary<'i> {
     pub long: &'i [u32],
     /// One more than where a beginning's tokens lie in `long`, by the hash of the beginning; 0 for none.
     pub long_slots: &'i [u32],
+    /// By code point, below 0x10000: the merged token that a character of two or three bytes is, or [`NONE`].
+    pub characters: &'i [u32],
     /// The hash function of these tables.
     pub hasher: Hasher,
 }
@@ -92,6 +100,7 @@ impl<'i> Vocabulary<'i> {
         self.starts.len() == self.kinds.len() + 1
             && self.kinds.len() < MAX_ID as usize + 1
             && self.lengths.len() == LENGTHS
+            && self.characters.len() == CHARACTERS
             && self.filter.fits()
             && !self.slots.is_empty()
             && !self.long_slots.is_empty()
@@ -203,6 +212,18 @@ impl<'i> Vocabulary<'i> {
         None
     }
 
+    /// The token that merges make of one character, which is not ASCII.
+    #[inline]
+    pub fn character(&self, utf8: &[u8]) -> Option<u32> {
+        let bits = |byte: u8| u32::from(byte & 0x3F);
+        let c = match *utf8 {
+            [first, second] => u32::from(first & 0x1F) << 6 | bits(second),
+            [first, second, third] => u32::from(first & 0xF) << 12 | bits(second) << 6 | bits(third),
+            _ => return self.merged_of_key(Key::new(window(utf8, 0), utf8.len())),
+        };
+        Some(self.characters[c as usize]).filter(|&id| id != NONE)
+    }
+
     /// The longest merged token at `at`, of at most `limit` bytes and not beyond the end of `piece`; its id and length.
     ///
     /// None only for a limit of 0: each byte is a token.
@@ -264,6 +285,7 @@ pub struct VocabularyTables {
     pub lengths: Vec<u16>,
     pub long: Vec<u32>,
     pub long_slots: Vec<u32>,
+    pub characters: Vec<u32>,
     pub seed: u64,
     /// The tokens that are not written in the byte-level alphabet.
     pub texts: HashMap<Vec<u8>, u32>,
@@ -342,6 +364,7 @@ impl VocabularyTables {
             lengths: Vec::new(),
             long: Vec::new(),
             long_slots: Vec::new(),
+            characters: Vec::new(),
             seed: 0,
             texts: HashMap::new(),
             place: tokens.place,
@@ -449,6 +472,7 @@ impl VocabularyTables {
         let hashes = used.iter().map(|&id| hasher.bytes(vocabulary.bytes(id)));
         let filter = Filter::build(hashes, used.len());
         let mut lengths = vec![0u16; LENGTHS];
+        let mut characters = vec![NONE; CHARACTERS];
         let mut long = Vec::new();
         for &id in used.iter().filter(|&&id| bits(id) & MERGED != 0) {
             let bytes = vocabulary.bytes(id);
@@ -456,6 +480,12 @@ impl VocabularyTables {
                 long.push(id);
             }
             let mask = if bytes.len() > SHORT { LONGER } else { 1 << bytes.len() };
+            if (2..=3).contains(&bytes.len())
+                && let Ok(text) = std::str::from_utf8(bytes)
+                && let Some(c) = text.chars().next().filter(|c| c.len_utf8() == bytes.len())
+            {
+                characters[c as usize] = id;
+            }
             if bytes.len() >= 3 {
                 lengths[lengths_place(window(bytes, 0))] |= mask;
             }
@@ -487,6 +517,7 @@ impl VocabularyTables {
         self.lengths = lengths;
         self.long = long;
         self.long_slots = long_slots;
+        self.characters = characters;
         Ok(())
     }
 
@@ -508,6 +539,7 @@ impl VocabularyTables {
             lengths: &self.lengths,
             long: &self.long,
             long_slots: &self.long_slots,
+            characters: &self.characters,
             hasher: Hasher::new(self.seed),
         }
     }
