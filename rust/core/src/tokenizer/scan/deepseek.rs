@@ -44,8 +44,9 @@ impl Rules for DeepSeek {
         let next_edge = next.cut ^ later(next.cut, cut);
         let same = !edge;
 
+        // An edge is a start whatever the rules below say; `same` stands where they would have an effect beyond it.
         let punctuation_starts = punctuation & !(later(punctuation, before.punctuation) & same);
-        let behind_space = later(space, before.space) & same;
+        let behind_space = later(space, before.space);
         // Alternative 1: punctuation where a match begins, with ASCII letters alone behind it; another letter behind those
         // begins a piece. The sum carries the first letter of each such run to the run's end.
         let joiner = punctuation_starts & word.ascii_punctuation & !behind_space;
@@ -54,10 +55,10 @@ impl Rules for DeepSeek {
         let joined_ends = sum & !word.ascii_letter & letter;
         (self.joiner, self.joined) = (joiner, more);
         // Alternative 2: the last blank or other character before letters is theirs.
-        let prefixed = later(blank | other, before.blank | before.other) & same;
-        let letter_starts = letter & !(later(letter, before.letter) & same) & !prefixed & !joined;
+        let prefixed = later(blank | other, before.blank | before.other);
+        let letter_starts = letter & !later(letter, before.letter) & !prefixed & !joined;
         // No alternative takes other characters alone: a run of them is one piece.
-        let other_starts = other & !(later(other, before.other) & same);
+        let other_starts = other & !later(other, before.other);
         let heads = [letter & same, next.letter & !next_edge];
         let prefixes = last_before([other, next.other], heads, word, next);
 

@@ -4,7 +4,8 @@
 //! 64 bytes ─▶ leaf: a mask for each kind of byte ─▶ word: a mask for each class of characters ─▶ rules: where pieces begin
 //! ```
 //!
-//! A family's rules are bit algebra on the masks of a word, with carries from the word before and a look at the next. What
+//! A family's rules are bit algebra on the masks of a word, with carries from the word before and a look at the next; o200k's,
+//! which depend on case, are a loop over characters. What
 //! the generic path (`pre_tokenizer`) cuts is the definition; the tests compare with it.
 
 mod cl100k;
@@ -14,6 +15,7 @@ mod deepseek;
 mod driver;
 mod gpt2;
 mod leaf;
+mod o200k;
 mod parts;
 mod recognise;
 #[cfg(test)]
@@ -28,6 +30,7 @@ use deepseek::DeepSeek;
 use driver::Driver;
 use gpt2::Gpt2;
 use leaf::Instructions;
+use o200k::O200k;
 
 /// How many ends [`Cursor::fill`] can write.
 pub const BATCH: usize = 1024;
@@ -38,6 +41,7 @@ enum Family {
     DeepSeek,
     Cl100k(Variant),
     Gpt2,
+    O200k(o200k::Variant),
 }
 
 /// A pre-tokenizer that is scanned by hand.
@@ -63,6 +67,7 @@ impl Scanner {
             Family::DeepSeek => Kind::DeepSeek(Driver::new(text, DeepSeek::new(), instructions)),
             Family::Cl100k(variant) => Kind::Cl100k(Driver::new(text, Cl100k::new(variant), instructions)),
             Family::Gpt2 => Kind::Gpt2(Driver::new(text, Gpt2::default(), instructions)),
+            Family::O200k(variant) => Kind::O200k(O200k::new(text, variant)),
         })
     }
 
@@ -96,6 +101,7 @@ enum Kind<'t> {
     DeepSeek(Driver<'t, DeepSeek>),
     Cl100k(Driver<'t, Cl100k>),
     Gpt2(Driver<'t, Gpt2>),
+    O200k(O200k<'t>),
 }
 
 impl Cursor<'_> {
@@ -110,6 +116,7 @@ impl Cursor<'_> {
             Kind::DeepSeek(driver) => driver.fill(ends),
             Kind::Cl100k(driver) => driver.fill(ends),
             Kind::Gpt2(driver) => driver.fill(ends),
+            Kind::O200k(scanner) => scanner.fill(ends),
         }
     }
 }

@@ -4,6 +4,7 @@ use crate::tokenizer::pattern::{Dialect, Pattern};
 use crate::tokenizer::pre_tokenizer::{Behavior, Step};
 use crate::tokenizer::scan::Family;
 use crate::tokenizer::scan::cl100k::Variant;
+use crate::tokenizer::scan::o200k;
 
 /// DeepSeek's three splits.
 pub(super) const DEEPSEEK: [&str; 3] = [
@@ -29,8 +30,21 @@ pub(super) const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s
 pub(super) const GPT2_TIKTOKEN: &str =
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s";
 
+/// o200k, Llama 4, MiniMax.
+pub(super) const O200K: &str = concat!(
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
+/// Mistral's Tekken: without contractions, and every digit alone.
+pub(super) const TEKKEN: &str = concat!(
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
+
 /// Patterns that take every character.
-pub(super) const WHOLE: [(&str, Dialect, Family); 6] = {
+pub(super) const WHOLE: [(&str, Dialect, Family); 8] = {
     use Dialect::{Fancy, Oniguruma};
     const fn cl100k(threes: bool, marks: bool, keeps_end_whole: bool) -> Family {
         Family::Cl100k(Variant { threes, marks, keeps_end_whole })
@@ -42,6 +56,8 @@ pub(super) const WHOLE: [(&str, Dialect, Family); 6] = {
         (QWEN3_5, Oniguruma, cl100k(false, true, false)),
         (GPT2, Oniguruma, Family::Gpt2),
         (GPT2_TIKTOKEN, Fancy, Family::Gpt2),
+        (O200K, Oniguruma, Family::O200k(o200k::Variant { threes: true, contractions: true })),
+        (TEKKEN, Oniguruma, Family::O200k(o200k::Variant { threes: false, contractions: false })),
     ]
 };
 

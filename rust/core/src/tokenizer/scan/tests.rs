@@ -3,7 +3,9 @@
 use proptest::prelude::*;
 
 use super::leaf::Instructions;
-use super::recognise::{CL100K, CL100K_TIKTOKEN, DEEPSEEK, GPT2, GPT2_TIKTOKEN, QWEN2, QWEN3_5};
+use super::recognise::{
+    CL100K, CL100K_TIKTOKEN, DEEPSEEK, GPT2, GPT2_TIKTOKEN, O200K, QWEN2, QWEN3_5, TEKKEN,
+};
 use super::*;
 use crate::tokenizer::pattern::{Dialect, Pattern};
 use crate::tokenizer::pre_tokenizer::{Behavior, Caches, PreTokenizer};
@@ -42,6 +44,8 @@ impl Pair {
             Self::new("Qwen 3.5", &[QWEN3_5], Oniguruma),
             Self::new("GPT-2", &[GPT2], Oniguruma),
             Self::new("tiktoken's GPT-2", &[GPT2_TIKTOKEN], Fancy),
+            Self::new("o200k", &[O200K], Fancy),
+            Self::new("Tekken", &[TEKKEN], Oniguruma),
         ]
     }
 

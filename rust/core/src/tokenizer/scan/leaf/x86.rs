@@ -47,31 +47,42 @@ fn gather4(quarters: [i32; 4]) -> u64 {
     quarters.iter().rev().fold(0, |mask, &quarter| mask << 16 | u64::from(quarter as u16))
 }
 
+// Without closures: those would not have the features of the function that they are inlined into.
 // SAFETY: as above.
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Bytes for Avx2 {
     #[inline(always)]
     unsafe fn load(block: &Block) -> Self {
-        Self(std::array::from_fn(|i| unsafe { _mm256_loadu_si256(block.as_ptr().cast::<__m256i>().add(i)) }))
+        let halves = block.as_ptr().cast::<__m256i>();
+        Self(unsafe { [_mm256_loadu_si256(halves), _mm256_loadu_si256(halves.add(1))] })
     }
     #[inline(always)]
     unsafe fn small(self) -> Self {
-        Self(self.0.map(|v| unsafe { _mm256_or_si256(v, _mm256_set1_epi8(0x20)) }))
+        let [low, high] = self.0;
+        unsafe {
+            let bit = _mm256_set1_epi8(0x20);
+            Self([_mm256_or_si256(low, bit), _mm256_or_si256(high, bit)])
+        }
     }
     #[inline(always)]
     unsafe fn equal(self, byte: u8) -> u64 {
-        gather2(
-            self.0
-                .map(|v| unsafe { _mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_set1_epi8(byte as i8))) }),
-        )
+        let [low, high] = self.0;
+        unsafe {
+            let wanted = _mm256_set1_epi8(byte as i8);
+            let low = _mm256_movemask_epi8(_mm256_cmpeq_epi8(low, wanted));
+            gather2([low, _mm256_movemask_epi8(_mm256_cmpeq_epi8(high, wanted))])
+        }
     }
     #[inline(always)]
     unsafe fn within(self, first: u8, last: u8) -> u64 {
-        gather2(self.0.map(|v| unsafe {
-            let above = _mm256_sub_epi8(v, _mm256_set1_epi8(first as i8));
-            let kept = _mm256_min_epu8(above, _mm256_set1_epi8((last - first) as i8));
-            _mm256_movemask_epi8(_mm256_cmpeq_epi8(above, kept))
-        }))
+        let [low, high] = self.0;
+        unsafe {
+            let (first, width) = (_mm256_set1_epi8(first as i8), _mm256_set1_epi8((last - first) as i8));
+            let (low, high) = (_mm256_sub_epi8(low, first), _mm256_sub_epi8(high, first));
+            let low = _mm256_cmpeq_epi8(low, _mm256_min_epu8(low, width));
+            let high = _mm256_cmpeq_epi8(high, _mm256_min_epu8(high, width));
+            gather2([_mm256_movemask_epi8(low), _mm256_movemask_epi8(high)])
+        }
     }
 }
 
