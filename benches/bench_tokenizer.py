@@ -296,7 +296,7 @@ def offsets(bench: Bench, table: Table) -> None:
                         cell.note = "-"
                         continue
                     if answer := bench.ask(cell, workers[peer], "offsets", text=text, unit=unit):
-                        bench.check(cell, answer["ids"], bench.ids(text))
+                        bench.check(cell, answer["ids"], 2 * [bench.ids(text)])
                         if unit == "char" and peer == OURS:
                             expected = bench.reference("offsets", "offsets", text=text, unit=unit)
                             bench.check(cell, answer["offsets"], expected)
@@ -348,10 +348,10 @@ def usable(names: list[str], bench: Callable[[str], Worker]) -> list[str]:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="groups of rows (default: all)")
-    parser.add_argument(
-        "--peers", nargs="+", choices=PEERS, default=list(PEERS), help="default: all that are installed"
-    )
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
+                        help=f"of {', '.join(ROWS)} (default: all)")  # fmt: skip
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER",
+                        help=f"of {', '.join(PEERS)} (default: all that are installed)")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5, help="texts or runs of a cell (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=10.0, metavar="SECONDS",
                         help="a call that takes longer is cut off; after half of it a cell is not repeated any more"
