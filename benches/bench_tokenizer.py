@@ -64,7 +64,6 @@ class Bench:
         self.new = range(WARM, texts.slices(self.folder))
         self.known: dict[str, Any] = {}
         self.referee = self.worker(REFERENCE) if version(REFERENCE) else None
-        self.spent: dict[int, float] = {}
 
     def worker(self, peer: str, warm: bool = False) -> Worker:
         """A process for a peer."""
@@ -87,7 +86,7 @@ class Bench:
 
     def ask(self, cell: Cell, worker: Worker, operation: str, **arguments: Any) -> Answer | None:
         """A worker's answer; None if there is none, which the cell then says, or if the cell has had its time."""
-        if cell.note or cell.wrong or self.spent.get(id(cell), 0.0) > self.limit / 2:
+        if cell.note or cell.wrong or cell.spent > self.limit / 2:
             return None
         start = time.perf_counter()
         try:
@@ -96,7 +95,7 @@ class Bench:
             cell.note = str(problem)
             cell.values.clear()
             return None
-        self.spent[id(cell)] = self.spent.get(id(cell), 0.0) + time.perf_counter() - start
+        cell.spent += time.perf_counter() - start
         if answer.get("missing"):
             cell.note = "not in this version" if worker.command[2] == OURS else "-"
             return None
@@ -401,7 +400,8 @@ def main() -> None:
         }
         versions = ", ".join(f"{PEERS[peer].package} {number}" for peer, number in record["versions"].items())
         about = record["machine"]
-        print(f"{about['cpu']}, {about['cores']} cores, Python {about['python']}; commit {about['commit'][:12]}")
+        commit = about["commit"][:12] + " with changes" * about["changed"]
+        print(f"{about['cpu']}, {about['cores']} cores, Python {about['python']}; commit {commit}")
         print(f"{versions}; vocabulary of {record['tokenizer']}")
         print(f"(x): ratio to {BASE}, more is better; ids are Hugging Face's in every cell without a mark\n")
         for row in args.rows:

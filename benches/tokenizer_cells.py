@@ -45,6 +45,8 @@ class Cell:
     """Something came out that the reference does not give."""
     unchecked: bool = False
     """There was no reference to compare with."""
+    spent: float = 0.0
+    """Seconds that it took so far, with everything around the measurement."""
 
     @property
     def median(self) -> float | None:
@@ -56,7 +58,7 @@ class Cell:
         if self.wrong:
             return "WRONG"
         if self.median is None:
-            return self.note or "-"
+            return self.note or "not measured"
         shown = f"{self.median:,.{self.unit.digits}f}{'*' if mark else ''}"
         if self.unit.ratio and base is not None and base.median:
             ratio = self.median / base.median if self.unit.more_is_better else base.median / self.median
@@ -103,7 +105,8 @@ class Table:
         """Every cell, for a file."""
         return [
             {"table": self.key, "row": row, "peer": peer, "unit": cell.unit.name, "median": cell.median,
-             "values": cell.values, "wrong": cell.wrong, "unchecked": cell.unchecked, "note": cell.note}
+             "values": cell.values, "spent": cell.spent, "wrong": cell.wrong, "unchecked": cell.unchecked,
+             "note": cell.note}
             for row, cells in self.rows.items() for peer, cell in cells.items()
         ]  # fmt: skip
 
@@ -129,5 +132,6 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "commit": (git("rev-parse", "HEAD") or "unknown") + (" with changes" if changes else ""),
+        "commit": git("rev-parse", "HEAD") or "unknown",
+        "changed": bool(changes),
     }
