@@ -1,4 +1,4 @@
-//! `Tokenizer` and `TokenStream`: bindings of `heedful_core::tokenizer`.
+//! `Tokenizer`: the binding of `heedful_core::tokenizer`.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -13,8 +13,11 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyString};
 
-use crate::arguments::{described, ids};
+use crate::arguments::described;
 use crate::errors;
+use crate::token_ids::Ids;
+use crate::token_stream::TokenStream;
+use crate::token_texts::{TokenTexts, text};
 
 /// Longer texts are encoded with the GIL released; for shorter ones, giving it back and taking it costs more than the work.
 const RELEASE_BYTES: usize = 1024;
@@ -32,12 +35,13 @@ const RELEASE_BYTES: usize = 1024;
 #[pyclass(frozen, module = "heedful")]
 pub struct Tokenizer {
     core: Arc<core::Tokenizer>,
+    texts: Arc<TokenTexts>,
 }
 
 impl Tokenizer {
     fn load(py: Python<'_>, load: impl FnOnce() -> core::Result<core::Tokenizer> + Send) -> PyResult<Self> {
         let loaded = py.detach(|| threads::install(load)).map_err(errors::threads)?;
-        Ok(Self { core: Arc::new(loaded.map_err(errors::tokenizer)?) })
+        Ok(Self { core: Arc::new(loaded.map_err(errors::tokenizer)?), texts: Arc::default() })
     }
 
     fn encoded(
@@ -298,9 +302,14 @@ impl Tokenizer {
     ///     ValueError: an id is negative or of more than 32 bits.
     ///     TypeError: these are no ids.
     #[pyo3(signature = (ids, *, skip_special_tokens=false))]
-    fn decode(&self, py: Python<'_>, ids: &Bound<'_, PyAny>, skip_special_tokens: bool) -> PyResult<String> {
-        let ids = self::ids("ids", ids)?;
-        Ok(py.detach(|| self.core.decode(&ids, skip_special_tokens)))
+    fn decode<'py>(
+        &self,
+        py: Python<'py>,
+        ids: &Bound<'py, PyAny>,
+        skip_special_tokens: bool,
+    ) -> PyResult<Bound<'py, PyString>> {
+        let bytes = Ids::new("ids", ids)?.decode(py, &self.core, skip_special_tokens)?;
+        text(py, &bytes)
     }
 
     /// The bytes of ids; arguments and errors as for `decode`.
@@ -311,31 +320,47 @@ impl Tokenizer {
         ids: &Bound<'py, PyAny>,
         skip_special_tokens: bool,
     ) -> PyResult<Bound<'py, PyBytes>> {
-        let ids = self::ids("ids", ids)?;
-        Ok(PyBytes::new(py, &py.detach(|| self.core.decode_bytes(&ids, skip_special_tokens))))
+        Ok(PyBytes::new(py, &Ids::new("ids", ids)?.decode(py, &self.core, skip_special_tokens)?))
     }
 
     /// The texts of many sequences of ids; arguments and errors as for `decode`.
     #[pyo3(signature = (batch, *, skip_special_tokens=false))]
-    fn decode_batch(
+    fn decode_batch<'py>(
         &self,
-        py: Python<'_>,
-        batch: &Bound<'_, PyAny>,
+        py: Python<'py>,
+        batch: &Bound<'py, PyAny>,
         skip_special_tokens: bool,
-    ) -> PyResult<Vec<String>> {
-        let named =
-            |(index, row): (usize, PyResult<Bound<'_, PyAny>>)| ids(&format!("batch[{index}]"), &row?);
-        let rows = batch.try_iter()?.enumerate().map(named).collect::<PyResult<Vec<_>>>()?;
-        Ok(py.detach(|| rows.iter().map(|ids| self.core.decode(ids, skip_special_tokens)).collect()))
+    ) -> PyResult<Vec<Bound<'py, PyString>>> {
+        let texts = batch.try_iter()?.enumerate().map(|(row, ids)| {
+            let bytes =
+                Ids::new(&format!("batch[{row}]"), &ids?)?.decode(py, &self.core, skip_special_tokens)?;
+            text(py, &bytes)
+        });
+        texts.collect()
     }
 
     /// A `TokenStream` at its beginning.
     ///
     /// Args:
     ///     skip_special_tokens: leave out the tokens that the file flags as special.
-    #[pyo3(signature = (*, skip_special_tokens=false))]
-    fn stream(&self, skip_special_tokens: bool) -> TokenStream {
-        TokenStream { tokenizer: Arc::clone(&self.core), state: core::TokenStream::new(skip_special_tokens) }
+    ///     prompt_ids: ids of the text before it, as `decode` takes them. If they end inside a character, the stream
+    ///         completes it: the prompt's text up to that character and the stream's texts are `decode` of all ids.
+    ///     stop: a string or strings that end the text; see `TokenStream`.
+    ///     include_stop: whether the stop string found is part of the text.
+    ///
+    /// Raises:
+    ///     ValueError: a stop string is empty, or an id is negative or of more than 32 bits.
+    ///     TypeError: an argument has another type.
+    #[pyo3(signature = (*, skip_special_tokens=false, prompt_ids=None, stop=None, include_stop=false),
+           text_signature = "(self, *, skip_special_tokens=False, prompt_ids=None, stop=(), include_stop=False)")]
+    fn stream(
+        &self,
+        skip_special_tokens: bool,
+        prompt_ids: Option<&Bound<'_, PyAny>>,
+        stop: Option<&Bound<'_, PyAny>>,
+        include_stop: bool,
+    ) -> PyResult<TokenStream> {
+        TokenStream::new(&self.core, &self.texts, skip_special_tokens, prompt_ids, stop, include_stop)
     }
 
     /// One more than the highest id.
@@ -371,35 +396,7 @@ impl Tokenizer {
     }
 }
 
-/// Decodes one sequence token by token, never giving half a character; made by `Tokenizer.stream`.
-///
-/// The texts of all `push` calls and of `flush`, together, equal `Tokenizer.decode` of all ids.
-#[pyclass(module = "heedful")]
-pub struct TokenStream {
-    tokenizer: Arc<core::Tokenizer>,
-    state: core::TokenStream,
-}
-
-#[pymethods]
-impl TokenStream {
-    /// The text that this id completes; empty while a character is unfinished.
-    ///
-    /// Raises:
-    ///     ValueError: the id is negative or of more than 32 bits.
-    fn push(&mut self, id: i64) -> PyResult<String> {
-        let id = u32::try_from(id)
-            .map_err(|_| PyValueError::new_err(format!("id: expected an id of at least 0, got {id}")))?;
-        Ok(self.state.push(&self.tokenizer, id))
-    }
-
-    /// What is still held back: U+FFFD for an unfinished character, else nothing. The stream is at its beginning again.
-    fn flush(&mut self) -> String {
-        self.state.flush()
-    }
-}
-
 /// Adds this file's names to `heedful._core`.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    module.add_class::<Tokenizer>()?;
-    module.add_class::<TokenStream>()
+    module.add_class::<Tokenizer>()
 }

@@ -10,6 +10,7 @@
 mod added_tokens;
 mod bpe;
 mod byte_level;
+mod decode;
 mod error;
 mod file;
 mod hugging_face;
@@ -25,6 +26,7 @@ mod unicode;
 mod vocabulary;
 
 pub use added_tokens::{AddedToken, AllowedSpecial};
+pub use decode::TokenId;
 pub use error::{Result, TokenizerError};
-pub use stream::{TokenStream, Utf8Stream};
+pub use stream::{Piece, StopStrings, TokenStream, Utf8Stream};
 pub use tokenizer::{EncodeOptions, Tokenizer};

@@ -5,6 +5,7 @@ use regex_automata::util::pool::Pool;
 
 use crate::tokenizer::added_tokens::{AddedToken, AddedTokens, AllowedSpecial, Section};
 use crate::tokenizer::bpe::{Bpe, Scratch};
+use crate::tokenizer::decode::DecodeTable;
 use crate::tokenizer::error::{Result, TokenizerError};
 use crate::tokenizer::normalizer::Normalizer;
 use crate::tokenizer::pre_tokenizer::{Caches, PreTokenizer};
@@ -43,8 +44,7 @@ struct Memory {
 /// A byte-level BPE tokenizer.
 pub struct Tokenizer {
     parts: Parts,
-    /// By id: whether `skip_special_tokens` leaves it out.
-    special: Vec<bool>,
+    decode_table: DecodeTable,
     /// Working memory, one a thread at work.
     memory: Pool<Memory, fn() -> Memory>,
 }
@@ -55,7 +55,12 @@ impl Tokenizer {
         for token in parts.added_tokens.iter().filter(|token| token.special) {
             special[token.id as usize] = true;
         }
-        Self { parts, special, memory: Pool::new(Memory::default) }
+        let tokens = (0u32..).zip(&special).map(|(id, &special)| (parts.vocabulary.bytes(id), special));
+        Self { decode_table: DecodeTable::new(tokens), parts, memory: Pool::new(Memory::default) }
+    }
+
+    pub(super) fn decode_table(&self) -> &DecodeTable {
+        &self.decode_table
     }
 
     /// The ids of `text`.
@@ -144,31 +149,9 @@ impl Tokenizer {
             .split(caches, text, &mut |piece| bpe.encode(vocabulary, piece.as_bytes(), scratch, out));
     }
 
-    /// The bytes of `ids`; an id without a token adds nothing.
-    pub fn decode_bytes(&self, ids: &[u32], skip_special_tokens: bool) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(ids.len() * 4);
-        for &id in ids {
-            if !(skip_special_tokens && self.is_special(id)) {
-                bytes.extend_from_slice(self.token_bytes(id));
-            }
-        }
-        bytes
-    }
-
-    /// The text of `ids`; U+FFFD stands for what is not UTF-8, an id without a token adds nothing.
-    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> String {
-        String::from_utf8(self.decode_bytes(ids, skip_special_tokens))
-            .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
-    }
-
     /// One more than the highest id.
     pub fn vocab_size(&self) -> usize {
         self.parts.vocabulary.len()
-    }
-
-    /// The bytes that token `id` decodes to; none for an id without a token.
-    pub fn token_bytes(&self, id: u32) -> &[u8] {
-        self.parts.vocabulary.bytes(id)
     }
 
     /// The id of a token's string, as tokenizer.json writes it.
@@ -179,11 +162,6 @@ impl Tokenizer {
     /// A token's string, as tokenizer.json writes it.
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         self.parts.vocabulary.string(id)
-    }
-
-    /// Whether `skip_special_tokens` leaves out this id.
-    pub fn is_special(&self, id: u32) -> bool {
-        self.special.get(id as usize).is_some_and(|&special| special)
     }
 
     /// The added tokens, in the order of their file.
