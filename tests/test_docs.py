@@ -37,7 +37,7 @@ def test_examples_of_docstrings_hold(name: str) -> None:
 
 def test_examples_of_the_compiled_classes_hold() -> None:
     runner = doctest.DocTestRunner()
-    for thing in (Tokenizer, TokenStream, heedful.Scheduler, heedful.SchedulerConfig, heedful.Step):
+    for thing in (Tokenizer, TokenStream, heedful.push_batch, heedful.Scheduler, heedful.SchedulerConfig, heedful.Step):
         for test in doctest.DocTestFinder(recurse=False).find(thing, thing.__name__, module=_core, globs={}):
             runner.run(test)
     assert runner.summarize().failed == 0

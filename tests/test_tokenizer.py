@@ -549,7 +549,7 @@ def test_role_marks_are_added_tokens_that_are_not_special() -> None:
         (lambda: OURS.encode(["a"]), TypeError, "text: expected a string or bytes, got list"),
         (lambda: OURS.encode("\ud800a"), ValueError, "text: expected Unicode text"),
         (lambda: OURS.encode(b"ab\xffc"), ValueError, "text: expected UTF-8 text, got another byte at 2"),
-        (lambda: OURS.encode(b"a", errors="ignore"), ValueError, "errors: expected strict or replace, got"),
+        (lambda: OURS.encode(b"a", errors="ignore"), ValueError, "errors: expected strict, replace or raw, got"),
         (lambda: OURS.encode("a", allowed_special="some"), ValueError, 'allowed_special: .*got "some"'),
         (lambda: OURS.encode("a", allowed_special=3), TypeError, "allowed_special: .*got int"),
         (lambda: OURS.encode("a", allowed_special=[3]), TypeError, "allowed_special: .*got list"),
@@ -562,7 +562,6 @@ def test_role_marks_are_added_tokens_that_are_not_special() -> None:
         (lambda: OURS.decode("ab"), TypeError, "ids: expected a list of ints"),
         (lambda: OURS.decode(np.zeros((2, 2), np.int64)), TypeError, "ids: expected a list of ints"),
         (lambda: OURS.decode_batch([[1], [-5]]), ValueError, r"batch\[1\]: expected ids"),
-        (lambda: OURS.stream().push(-1), ValueError, "id: expected an id of at least 0, got -1"),
     ],
 )
 def test_bad_arguments_are_named(call: Any, error: type[Exception], message: str) -> None:
@@ -603,24 +602,6 @@ def test_ids_come_as_lists_or_integer_arrays() -> None:
         assert OURS.decode(np.repeat(array, 2)[::2]) == OURS.decode(ids)
     assert OURS.decode_batch([ids, [], np.array(ids)]) == [OURS.decode(ids), "", OURS.decode(ids)]
     assert OURS.decode(np.array([], np.int32)) == ""
-
-
-@given(st.lists(st.integers(0, 129_500), max_size=40))
-def test_decoding_is_the_references_and_streams_to_the_same_text(ids: list[int]) -> None:
-    for skip in (False, True):
-        whole = OURS.decode(ids, skip_special_tokens=skip)
-        assert whole == DEEPSEEK[1].decode(ids, skip_special_tokens=skip)
-        stream = OURS.stream(skip_special_tokens=skip)
-        assert "".join([*map(stream.push, ids), stream.flush()]) == whole
-
-
-def test_a_stream_never_gives_half_a_character() -> None:
-    ids = [OURS.token_to_id(character) for character in "ðŁĺĢ"]  # the four bytes of U+1F600
-    stream = OURS.stream()
-    assert [stream.push(id) for id in ids] == ["", "", "", "😀"]
-    assert [stream.push(ids[0]), stream.push(ids[1]), stream.flush()] == ["", "", "\N{REPLACEMENT CHARACTER}"]
-    assert [stream.push(ids[0]), stream.push(OURS.encode("a")[0])] == ["", "\N{REPLACEMENT CHARACTER}a"]
-    assert stream.flush() == ""
 
 
 def test_tokens_and_ids_are_named_as_the_file_names_them(pair: tuple[Tokenizer, tokenizers.Tokenizer]) -> None:

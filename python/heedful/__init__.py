@@ -6,7 +6,7 @@ first used, so that the tokenizer, the scheduler and the CPU operators serve a p
 
 from typing import TYPE_CHECKING
 
-from heedful._core import Scheduler, SchedulerConfig, Step, Tokenizer, TokenStream, __version__
+from heedful._core import Scheduler, SchedulerConfig, Step, Tokenizer, TokenStream, __version__, push_batch
 from heedful.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from heedful.engine.sampling_params import SamplingParams
 from heedful.ops import (
@@ -41,6 +41,7 @@ __all__ = [
     "get_num_threads",
     "index_scores",
     "index_top_k",
+    "push_batch",
     "set_num_threads",
     "sparse_attention",
     "top_k",

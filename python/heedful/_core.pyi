@@ -69,7 +69,8 @@ def dequantize_fp8(codes: _Array, scales: _Array, dim: int, group: int, out: _Ar
 
 # Tokenizer (rust/python/src/tokenizer.rs): the docstrings are the compiled module's own.
 
-_AllowedSpecial = Literal["none", "all"] | Iterable[str]
+_AllowedSpecial = Literal["none", "all", "error"] | Iterable[str]
+_Errors = Literal["strict", "replace", "raw"]
 
 class Tokenizer:
     @staticmethod
@@ -88,7 +89,7 @@ class Tokenizer:
         *,
         add_special_tokens: bool = False,
         allowed_special: _AllowedSpecial = "none",
-        errors: Literal["strict", "replace"] = "strict",
+        errors: _Errors = "strict",
     ) -> list[int]: ...
     def encode_to_numpy(
         self,
@@ -96,7 +97,7 @@ class Tokenizer:
         *,
         add_special_tokens: bool = False,
         allowed_special: _AllowedSpecial = "none",
-        errors: Literal["strict", "replace"] = "strict",
+        errors: _Errors = "strict",
     ) -> _Array: ...
     def encode_batch(
         self,
@@ -104,22 +105,68 @@ class Tokenizer:
         *,
         add_special_tokens: bool = False,
         allowed_special: _AllowedSpecial = "none",
-        errors: Literal["strict", "replace"] = "strict",
+        errors: _Errors = "strict",
     ) -> list[list[int]]: ...
+    def encode_batch_flat(
+        self,
+        texts: Iterable[str | bytes],
+        *,
+        add_special_tokens: bool = False,
+        allowed_special: _AllowedSpecial = "none",
+        errors: _Errors = "strict",
+    ) -> tuple[_Array, _Array]: ...
+    def encode_with_offsets(
+        self,
+        text: str | bytes,
+        *,
+        unit: Literal["char", "byte"] = "char",
+        add_special_tokens: bool = False,
+        allowed_special: _AllowedSpecial = "none",
+        errors: _Errors = "strict",
+    ) -> tuple[_Array, _Array]: ...
+    def encode_segments(
+        self, segments: Sequence[tuple[str, bool]], *, add_special_tokens: bool = False
+    ) -> list[int]: ...
+    def truncate_to(
+        self,
+        text: str | bytes,
+        max_tokens: int,
+        *,
+        side: Literal["right", "left"] = "right",
+        allowed_special: _AllowedSpecial = "none",
+        errors: _Errors = "strict",
+    ) -> str: ...
+    PIECE_CACHE_BYTES: int
+    def clear_cache(self) -> None: ...
+    def save_cache(self, path: str | os.PathLike[str]) -> None: ...
+    @staticmethod
+    def from_cache(path: str | os.PathLike[str]) -> Tokenizer: ...
+    def to_bytes(self) -> bytes: ...
+    @staticmethod
+    def from_bytes(data: bytes) -> Tokenizer: ...
+    def as_hf(self) -> Any: ...
+    def as_tiktoken(self, name: str | None = None) -> Any: ...
     def count(
         self,
         text: str | bytes,
         *,
         add_special_tokens: bool = False,
         allowed_special: _AllowedSpecial = "none",
-        errors: Literal["strict", "replace"] = "strict",
+        errors: _Errors = "strict",
     ) -> int: ...
     def decode(self, ids: Sequence[int] | _Array, *, skip_special_tokens: bool = False) -> str: ...
     def decode_bytes(self, ids: Sequence[int] | _Array, *, skip_special_tokens: bool = False) -> bytes: ...
     def decode_batch(
         self, batch: Iterable[Sequence[int] | _Array], *, skip_special_tokens: bool = False
     ) -> list[str]: ...
-    def stream(self, *, skip_special_tokens: bool = False) -> TokenStream: ...
+    def stream(
+        self,
+        *,
+        skip_special_tokens: bool = False,
+        prompt_ids: Sequence[int] | _Array | None = None,
+        stop: str | Iterable[str] = (),
+        include_stop: bool = False,
+    ) -> TokenStream: ...
     @property
     def vocab_size(self) -> int: ...
     def token_to_id(self, token: str) -> int | None: ...
@@ -129,9 +176,19 @@ class Tokenizer:
     @property
     def added_tokens(self) -> dict[str, int]: ...
 
+# Decoding token by token (rust/python/src/token_stream.rs).
+
 class TokenStream:
     def push(self, id: int) -> str: ...
+    def push_many(self, ids: Sequence[int] | _Array) -> str: ...
     def flush(self) -> str: ...
+    @property
+    def stopped(self) -> str | None: ...
+    def copy(self) -> TokenStream: ...
+    def __copy__(self) -> TokenStream: ...
+    def __deepcopy__(self, memo: dict[int, Any], /) -> TokenStream: ...
+
+def push_batch(streams: list[TokenStream], ids: Sequence[int] | _Array) -> list[str]: ...
 
 # Scheduler (rust/python/src/scheduler.rs): the docstrings are the compiled module's own.
 

@@ -77,8 +77,16 @@ class LLMEngine:
         seed = params.seed
         if seed is None:
             seed = int(self._seeds.spawn(1)[0].generate_state(1, np.uint64)[0])
+        stream = None
+        if self.tokenizer is not None:
+            # The prompt may end inside a character: then the answer begins by completing it.
+            stream = self.tokenizer.stream(skip_special_tokens=True, prompt_ids=token_ids, stop=params.stop)
         completions = [
-            Completion(f"{request_id}/{index}", SamplingState(params, seed, index, token_ids), self.tokenizer)
+            Completion(
+                f"{request_id}/{index}",
+                SamplingState(params, seed, index, token_ids),
+                None if stream is None else stream.copy(),
+            )
             for index in range(params.n)
         ]
         stop_ids = (*params.stop_token_ids, *(() if params.ignore_eos else self._eos_token_ids))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from heedful import Tokenizer
+from heedful import TokenStream
 from heedful.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprobs
 from heedful.engine.sampler import SamplingState
 from heedful.engine.sampling_params import SamplingParams
@@ -16,10 +16,10 @@ class Completion:
     Args:
         scheduler_id: the scheduler's name for it.
         state: what the sampler needs.
-        tokenizer: decodes; None leaves the text empty.
+        stream: decodes behind the prompt and looks for the stop strings; None leaves the text empty.
     """
 
-    def __init__(self, scheduler_id: str, state: SamplingState, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, scheduler_id: str, state: SamplingState, stream: TokenStream | None) -> None:
         params = state.params
         self.scheduler_id = scheduler_id
         self.state = state
@@ -27,10 +27,7 @@ class Completion:
         if params.logprobs is not None:
             self.output.logprobs = []
             self.output.cumulative_logprob = 0.0
-        self._stream = None if tokenizer is None else tokenizer.stream(skip_special_tokens=True)
-        self._decoded = ""
-        # A stop string may begin at the end of the text so far: that much is held back until it is decided.
-        self._held_back = max((len(text) for text in params.stop), default=1) - 1
+        self._stream = stream
 
     @property
     def finished(self) -> bool:
@@ -48,38 +45,22 @@ class Completion:
         if finish_reason == "stop" and token_id in self.state.params.stop_token_ids:
             output.stop_reason = token_id
         if self._stream is not None:
-            # The token that stops a text is an id of its output but no part of its text.
-            piece = "" if finish_reason == "stop" else self._stream.push(token_id)
+            if finish_reason != "stop":  # the token that stops a text is an id of its output but no part of its text
+                output.text += self._stream.push(token_id)
             if finish_reason is not None:
-                piece += self._stream.flush()
-            if self._extend(piece):
+                output.text += self._stream.flush()
+            if (stop := self._stream.stopped) is not None:
+                output.stop_reason = stop
                 finish_reason = "stop"
         output.finish_reason = finish_reason
-        self._publish()
 
     def abort(self) -> None:
         """Ends the completion as it is."""
         if not self.finished:
             if self._stream is not None:
-                self._extend(self._stream.flush())
+                self.output.text += self._stream.flush()
+                self.output.stop_reason = self._stream.stopped
             self.output.finish_reason = "abort"
-            self._publish()
-
-    def _extend(self, piece: str) -> bool:
-        """Adds text; cuts it at the earliest stop string and tells whether there was one."""
-        searched = max(0, len(self._decoded) - self._held_back)
-        self._decoded += piece
-        places = [(self._decoded.find(stop, searched), stop) for stop in self.state.params.stop]
-        found = min(((at, stop) for at, stop in places if at >= 0), default=None)
-        if found is None:
-            return False
-        self._decoded = self._decoded[: found[0]]
-        self.output.stop_reason = found[1]
-        return True
-
-    def _publish(self) -> None:
-        end = len(self._decoded) if self.finished else max(0, len(self._decoded) - self._held_back)
-        self.output.text = self._decoded[:end]
 
 
 class Request:

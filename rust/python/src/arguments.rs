@@ -109,7 +109,12 @@ fn sequence_ids(name: &str, values: &Bound<'_, PySequence>, len: usize) -> PyRes
 
 /// Any 32 bits pass here; what an id above an int32 means is the core's to say.
 fn checked<T: Copy + TryInto<u32> + std::fmt::Display>(name: &str, id: T) -> PyResult<u32> {
-    id.try_into().map_err(|_| PyValueError::new_err(id_range(name, &id.to_string())))
+    id.try_into().map_err(|_| refused(name, id))
+}
+
+/// The error for a number that is no id.
+pub fn refused(name: &str, id: impl std::fmt::Display) -> PyErr {
+    PyValueError::new_err(id_range(name, &id.to_string()))
 }
 
 fn id_range(name: &str, got: &str) -> String {

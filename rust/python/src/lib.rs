@@ -8,12 +8,17 @@ mod arguments;
 mod errors;
 mod ops;
 mod scheduler;
+mod texts;
+mod token_ids;
+mod token_stream;
+mod token_texts;
 mod tokenizer;
 
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     tokenizer::register(module)?;
+    token_stream::register(module)?;
     ops::register(module)?;
     scheduler::register(module)
 }

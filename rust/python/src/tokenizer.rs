@@ -1,20 +1,22 @@
-//! `Tokenizer` and `TokenStream`: bindings of `heedful_core::tokenizer`.
+//! `Tokenizer`: the binding of `heedful_core::tokenizer`.
 
-use std::borrow::Cow;
-use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use heedful_core::threads;
 use heedful_core::tokenizer as core;
-use heedful_core::tokenizer::{AllowedSpecial, EncodeOptions};
-use numpy::{IntoPyArray, PyArray1};
+use numpy::{IntoPyArray, PyArray1, PyArray2, PyArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
 use pyo3::types::{PyBytes, PyDict, PyString};
 
-use crate::arguments::{described, ids};
+use crate::arguments::count;
 use crate::errors;
+use crate::texts::{self, Allowed, Errors, Input, unicode_only};
+use crate::token_ids::Ids;
+use crate::token_stream::TokenStream;
+use crate::token_texts::{TokenTexts, text};
 
 /// Longer texts are encoded with the GIL released; for shorter ones, giving it back and taking it costs more than the work.
 const RELEASE_BYTES: usize = 1024;
@@ -32,12 +34,16 @@ const RELEASE_BYTES: usize = 1024;
 #[pyclass(frozen, module = "heedful")]
 pub struct Tokenizer {
     core: Arc<core::Tokenizer>,
+    texts: Arc<TokenTexts>,
 }
 
 impl Tokenizer {
     fn load(py: Python<'_>, load: impl FnOnce() -> core::Result<core::Tokenizer> + Send) -> PyResult<Self> {
-        let loaded = py.detach(|| threads::install(load)).map_err(errors::threads)?;
-        Ok(Self { core: Arc::new(loaded.map_err(errors::tokenizer)?) })
+        Self::made(py.detach(|| threads::install(load)).map_err(errors::threads)?)
+    }
+
+    fn made(core: core::Result<core::Tokenizer>) -> PyResult<Self> {
+        Ok(Self { core: Arc::new(core.map_err(errors::tokenizer)?), texts: Arc::default() })
     }
 
     fn encoded(
@@ -46,12 +52,11 @@ impl Tokenizer {
         text: &Bound<'_, PyAny>,
         add_special_tokens: bool,
         allowed_special: &Allowed,
-        errors: &str,
+        errors: Errors,
     ) -> PyResult<Vec<u32>> {
-        let text = unicode("text", text, errors)?;
-        let encode = || self.core.encode(&text, allowed_special.options(add_special_tokens));
-        let ids = if text.len() <= RELEASE_BYTES { encode() } else { py.detach(encode) };
-        ids.map_err(errors::tokenizer)
+        let input = Input::new("text", text, errors)?;
+        let text = input.text();
+        run(py, text.len(), || self.core.encode(text, allowed_special.options(add_special_tokens)))
     }
 
     fn added<'py>(
@@ -67,70 +72,33 @@ impl Tokenizer {
     }
 }
 
-/// The argument `allowed_special`.
-enum Allowed {
-    None,
-    All,
-    These(HashSet<String>),
-}
-
-impl Allowed {
-    fn options(&self, add_special_tokens: bool) -> EncodeOptions<'_> {
-        let allowed_special = match self {
-            Self::None => AllowedSpecial::None,
-            Self::All => AllowedSpecial::All,
-            Self::These(names) => AllowedSpecial::These(names),
-        };
-        EncodeOptions { add_special_tokens, allowed_special }
-    }
-}
-
-impl FromPyObject<'_, '_> for Allowed {
-    type Error = PyErr;
-
-    fn extract(value: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
-        let expected = "allowed_special: expected \"none\", \"all\" or a set of added tokens, got";
-        if let Ok(name) = value.cast::<PyString>() {
-            return match name.to_str()? {
-                "none" => Ok(Self::None),
-                "all" => Ok(Self::All),
-                other => Err(PyValueError::new_err(format!("{expected} {other:?}"))),
-            };
-        }
-        let names = value.try_iter().and_then(|names| names.map(|name| name?.extract()).collect());
-        names.map(Self::These).map_err(|_| PyTypeError::new_err(format!("{expected} {}", described(&value))))
-    }
-}
-
-/// A text argument: a string, or UTF-8 bytes.
-fn unicode<'a>(name: &str, value: &'a Bound<'_, PyAny>, errors: &str) -> PyResult<Cow<'a, str>> {
-    if !matches!(errors, "strict" | "replace") {
-        return Err(PyValueError::new_err(format!("errors: expected strict or replace, got {errors:?}")));
-    }
-    if let Ok(text) = value.cast::<PyString>() {
-        return match text.to_str() {
-            Ok(text) => Ok(Cow::Borrowed(text)),
-            Err(_) if errors == "replace" => {
-                // A lone surrogate, which only such strings of Python hold.
-                Ok(Cow::Owned(text.to_string_lossy().into_owned()))
-            }
-            Err(error) => Err(PyValueError::new_err(format!("{name}: expected Unicode text: {error}"))),
-        };
-    }
-    let Ok(bytes) = value.cast::<PyBytes>() else {
-        return Err(PyTypeError::new_err(format!(
-            "{name}: expected a string or bytes, got {}",
-            described(value)
-        )));
+/// Runs `work` on so many bytes of text: with the GIL if they are few, over the thread pool if they are many.
+fn run<R: Send>(py: Python<'_>, bytes: usize, work: impl FnOnce() -> core::Result<R> + Send) -> PyResult<R> {
+    let result = if bytes <= RELEASE_BYTES {
+        work()
+    } else if bytes < core::PARALLEL_BYTES || threads::num_threads().map_err(errors::threads)? == 1 {
+        py.detach(work)
+    } else {
+        py.detach(|| threads::install(work)).map_err(errors::threads)?
     };
-    match std::str::from_utf8(bytes.as_bytes()) {
-        Ok(text) => Ok(Cow::Borrowed(text)),
-        Err(_) if errors == "replace" => Ok(String::from_utf8_lossy(bytes.as_bytes())),
-        Err(error) => Err(PyValueError::new_err(format!(
-            "{name}: expected UTF-8 text, got another byte at {} (errors=\"replace\" puts U+FFFD there)",
-            error.valid_up_to()
-        ))),
-    }
+    result.map_err(errors::tokenizer)
+}
+
+/// Runs `work` on many texts.
+fn batch<R: Send>(
+    py: Python<'_>,
+    texts: &Bound<'_, PyAny>,
+    errors: Errors,
+    work: impl FnOnce(&[core::Text<'_>]) -> core::Result<R> + Send,
+) -> PyResult<R> {
+    let values = texts::list_of("texts", texts)?;
+    let inputs = values
+        .iter()
+        .enumerate()
+        .map(|(index, value)| Input::new(&format!("texts[{index}]"), value, errors))
+        .collect::<PyResult<Vec<_>>>()?;
+    let texts: Vec<core::Text<'_>> = inputs.iter().map(Input::text).collect();
+    run(py, texts.iter().map(core::Text::len).sum(), || work(&texts))
 }
 
 #[pymethods]
@@ -209,17 +177,19 @@ impl Tokenizer {
     ///     text: a string, or UTF-8 bytes.
     ///     add_special_tokens: put the post-processor's tokens (a BOS, say) around the text.
     ///     allowed_special: which added tokens are recognised in the text, those not flagged special included: "none", so
-    ///         that no text can forge a control token; "all", Hugging Face's ids; or a set of added tokens.
-    ///     errors: what bytes that are not UTF-8 become: "strict" refuses them, "replace" puts U+FFFD for each maximal
-    ///         part of a character, as `bytes.decode` does.
+    ///         that no text can forge a control token; "all", Hugging Face's ids; a set of added tokens; or "error", which
+    ///         refuses a text with one in it.
+    ///     errors: what bytes that are not UTF-8 become: "strict" refuses them; "replace" puts U+FFFD for each maximal
+    ///         part of a character, as `bytes.decode` does; "raw" makes each its byte's token, so that `decode_bytes`
+    ///         gives them back, and encodes what lies between by itself.
     ///
     /// Returns:
     ///     A list of ids.
     ///
     /// Raises:
-    ///     ValueError: the text is not Unicode, or an allowed token is unknown.
+    ///     ValueError: the text is not Unicode, an allowed token is unknown, or there is a token where none may be.
     ///     TypeError: an argument has another type.
-    #[pyo3(signature = (text, *, add_special_tokens=false, allowed_special=Allowed::None, errors="strict"),
+    #[pyo3(signature = (text, *, add_special_tokens=false, allowed_special=Allowed::None, errors=Errors::Strict),
            text_signature = "(self, text, *, add_special_tokens=False, allowed_special='none', errors='strict')")]
     fn encode(
         &self,
@@ -227,13 +197,13 @@ impl Tokenizer {
         text: &Bound<'_, PyAny>,
         add_special_tokens: bool,
         allowed_special: Allowed,
-        errors: &str,
+        errors: Errors,
     ) -> PyResult<Vec<u32>> {
         self.encoded(py, text, add_special_tokens, &allowed_special, errors)
     }
 
     /// `encode`, as an array: uint32 [N].
-    #[pyo3(signature = (text, *, add_special_tokens=false, allowed_special=Allowed::None, errors="strict"),
+    #[pyo3(signature = (text, *, add_special_tokens=false, allowed_special=Allowed::None, errors=Errors::Strict),
            text_signature = "(self, text, *, add_special_tokens=False, allowed_special='none', errors='strict')")]
     fn encode_to_numpy<'py>(
         &self,
@@ -241,13 +211,13 @@ impl Tokenizer {
         text: &Bound<'py, PyAny>,
         add_special_tokens: bool,
         allowed_special: Allowed,
-        errors: &str,
+        errors: Errors,
     ) -> PyResult<Bound<'py, PyArray1<u32>>> {
         Ok(self.encoded(py, text, add_special_tokens, &allowed_special, errors)?.into_pyarray(py))
     }
 
     /// Number of ids that `encode` gives.
-    #[pyo3(signature = (text, *, add_special_tokens=false, allowed_special=Allowed::None, errors="strict"),
+    #[pyo3(signature = (text, *, add_special_tokens=false, allowed_special=Allowed::None, errors=Errors::Strict),
            text_signature = "(self, text, *, add_special_tokens=False, allowed_special='none', errors='strict')")]
     fn count(
         &self,
@@ -255,7 +225,7 @@ impl Tokenizer {
         text: &Bound<'_, PyAny>,
         add_special_tokens: bool,
         allowed_special: Allowed,
-        errors: &str,
+        errors: Errors,
     ) -> PyResult<usize> {
         Ok(self.encoded(py, text, add_special_tokens, &allowed_special, errors)?.len())
     }
@@ -264,7 +234,7 @@ impl Tokenizer {
     ///
     /// Returns:
     ///     A list of ids for each text.
-    #[pyo3(signature = (texts, *, add_special_tokens=false, allowed_special=Allowed::None, errors="strict"),
+    #[pyo3(signature = (texts, *, add_special_tokens=false, allowed_special=Allowed::None, errors=Errors::Strict),
            text_signature = "(self, texts, *, add_special_tokens=False, allowed_special='none', errors='strict')")]
     fn encode_batch(
         &self,
@@ -272,17 +242,200 @@ impl Tokenizer {
         texts: &Bound<'_, PyAny>,
         add_special_tokens: bool,
         allowed_special: Allowed,
-        errors: &str,
+        errors: Errors,
     ) -> PyResult<Vec<Vec<u32>>> {
-        if texts.is_instance_of::<PyString>() || texts.is_instance_of::<PyBytes>() {
-            let got = described(texts);
-            return Err(PyTypeError::new_err(format!("texts: expected a list of texts, got one {got}")));
-        }
-        let values = texts.try_iter()?.collect::<PyResult<Vec<_>>>()?;
-        let named = |(index, value)| unicode(&format!("texts[{index}]"), value, errors);
-        let texts = values.iter().enumerate().map(named).collect::<PyResult<Vec<_>>>()?;
-        let encode = || self.core.encode_batch(&texts, allowed_special.options(add_special_tokens));
-        py.detach(|| threads::install(encode)).map_err(errors::threads)?.map_err(errors::tokenizer)
+        let options = allowed_special.options(add_special_tokens);
+        batch(py, texts, errors, |texts| self.core.encode_batch(texts, options))
+    }
+
+    /// `encode_batch` in one buffer, which nothing has to be made for each text for.
+    ///
+    /// Returns:
+    ///     `(ids, row_offsets)`: uint32 [N] and int64 [B + 1]; the ids of text i are `ids[row_offsets[i]:row_offsets[i + 1]]`.
+    #[pyo3(signature = (texts, *, add_special_tokens=false, allowed_special=Allowed::None, errors=Errors::Strict),
+           text_signature = "(self, texts, *, add_special_tokens=False, allowed_special='none', errors='strict')")]
+    fn encode_batch_flat<'py>(
+        &self,
+        py: Python<'py>,
+        texts: &Bound<'py, PyAny>,
+        add_special_tokens: bool,
+        allowed_special: Allowed,
+        errors: Errors,
+    ) -> PyResult<(Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<i64>>)> {
+        let options = allowed_special.options(add_special_tokens);
+        let flat = batch(py, texts, errors, |texts| self.core.encode_batch_flat(texts, options))?;
+        Ok((flat.ids.into_pyarray(py), flat.row_offsets.into_pyarray(py)))
+    }
+
+    /// The ids of a text and the place of each in it, as Hugging Face's `Encoding.offsets` has it.
+    ///
+    /// Args:
+    ///     text: a string, or UTF-8 bytes.
+    ///     unit: what offsets count: "char", Unicode characters, or "byte", bytes of UTF-8.
+    ///     add_special_tokens, allowed_special, errors: as for `encode`; "raw" is not for bytes that are not UTF-8.
+    ///
+    /// Returns:
+    ///     `(ids, offsets)`: uint32 [N] and uint32 [N, 2], begin and end of each id. Ids inside one character have its
+    ///     place, tokens put around the text (0, 0).
+    ///
+    /// Raises:
+    ///     ValueError: as for `encode`, or an unknown unit.
+    ///     TypeError: an argument has another type.
+    #[pyo3(signature = (text, *, unit="char", add_special_tokens=false, allowed_special=Allowed::None,
+                        errors=Errors::Strict),
+           text_signature = "(self, text, *, unit='char', add_special_tokens=False, allowed_special='none', \
+                             errors='strict')")]
+    fn encode_with_offsets<'py>(
+        &self,
+        py: Python<'py>,
+        text: &Bound<'py, PyAny>,
+        unit: &str,
+        add_special_tokens: bool,
+        allowed_special: Allowed,
+        errors: Errors,
+    ) -> PyResult<(Bound<'py, PyArray1<u32>>, Bound<'py, PyArray2<u32>>)> {
+        let unit = match unit {
+            "char" => core::Unit::Char,
+            "byte" => core::Unit::Byte,
+            other => {
+                return Err(PyValueError::new_err(format!("unit: expected char or byte, got {other:?}")));
+            }
+        };
+        let text = unicode_only("text", text, errors)?;
+        let options = allowed_special.options(add_special_tokens);
+        let (ids, offsets) = run(py, text.len(), || self.core.encode_with_offsets(&text, options, unit))?;
+        let shape = [offsets.len(), 2];
+        let offsets = offsets.into_flattened().into_pyarray(py).reshape(shape)?;
+        Ok((ids.into_pyarray(py), offsets))
+    }
+
+    /// The ids of several texts as one, in which added tokens are recognised in trusted texts alone: what a user wrote
+    /// never becomes a control token, not even together with the texts around it.
+    ///
+    /// Args:
+    ///     segments: pairs of a string and whether it is trusted.
+    ///     add_special_tokens: put the post-processor's tokens around the whole.
+    ///
+    /// Returns:
+    ///     A list of ids. Where no untrusted text holds an added token, they are those of the texts joined. A normalizer
+    ///     works on each stretch of trusted or of untrusted texts by itself.
+    ///
+    /// Raises:
+    ///     ValueError: a text is not Unicode.
+    ///     TypeError: these are no pairs of a string and a bool.
+    ///
+    /// Example:
+    ///     >>> from heedful import Tokenizer, builtin
+    ///     >>> tokenizer = Tokenizer.from_pretrained(builtin.path())
+    ///     >>> end = "<｜end▁of▁sentence｜>"
+    ///     >>> ids = tokenizer.encode_segments([(end, False), (end, True)])
+    ///     >>> ids.count(tokenizer.token_to_id(end))
+    ///     1
+    #[pyo3(signature = (segments, *, add_special_tokens=false))]
+    fn encode_segments(
+        &self,
+        py: Python<'_>,
+        segments: Vec<(PyBackedStr, bool)>,
+        add_special_tokens: bool,
+    ) -> PyResult<Vec<u32>> {
+        let bytes = segments.iter().map(|(text, _)| text.len()).sum();
+        run(py, bytes, || self.core.encode_segments(&segments, add_special_tokens))
+    }
+
+    /// The longest part of a text that has at most so many tokens, cut between two tokens and between two characters.
+    ///
+    /// Args:
+    ///     text: a string, or UTF-8 bytes.
+    ///     max_tokens: tokens that the part may have when it is encoded by itself.
+    ///     side: which end is cut off: "right" keeps the beginning, "left" the end.
+    ///     allowed_special, errors: as for `encode`; "raw" is not for bytes that are not UTF-8.
+    ///
+    /// Returns:
+    ///     The part, a string.
+    ///
+    /// Raises:
+    ///     ValueError: as for `encode`, an unknown side, or a negative number.
+    ///     TypeError: an argument has another type.
+    #[pyo3(signature = (text, max_tokens, *, side="right", allowed_special=Allowed::None, errors=Errors::Strict),
+           text_signature = "(self, text, max_tokens, *, side='right', allowed_special='none', errors='strict')")]
+    fn truncate_to(
+        &self,
+        py: Python<'_>,
+        text: &Bound<'_, PyAny>,
+        max_tokens: &Bound<'_, PyAny>,
+        side: &str,
+        allowed_special: Allowed,
+        errors: Errors,
+    ) -> PyResult<String> {
+        let side = match side {
+            "right" => core::Side::Right,
+            "left" => core::Side::Left,
+            other => {
+                return Err(PyValueError::new_err(format!("side: expected right or left, got {other:?}")));
+            }
+        };
+        let max_tokens = count("max_tokens", max_tokens)?;
+        let text = unicode_only("text", text, errors)?;
+        let part = run(py, text.len(), || {
+            self.core.truncate_to(&text, max_tokens, side, allowed_special.special())
+        })?;
+        Ok(part.to_owned())
+    }
+
+    /// Bytes of memory in which each thread that encodes keeps pieces of texts, to find them again quickly.
+    #[classattr]
+    const PIECE_CACHE_BYTES: usize = core::PIECE_CACHE_BYTES;
+
+    /// Forgets the pieces of texts that are kept.
+    fn clear_cache(&self) {
+        self.core.clear_cache();
+    }
+
+    /// Writes the compiled form of this tokenizer to a file, from which `from_cache` loads it at once.
+    ///
+    /// Args:
+    ///     path: the file; what was there is replaced when the new one is whole.
+    ///
+    /// Raises:
+    ///     OSError: the file cannot be written.
+    fn save_cache(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+        py.detach(|| self.core.save_cache(&path)).map_err(errors::tokenizer)
+    }
+
+    /// Loads a file that `save_cache` wrote. The file is mapped: processes share its memory, and it must not be rewritten
+    /// while one of them uses it (`save_cache` replaces files and rewrites none).
+    ///
+    /// Args:
+    ///     path: the file.
+    ///
+    /// Raises:
+    ///     OSError: the file cannot be read.
+    ///     ValueError: it is damaged, or of another version of heedful.
+    #[staticmethod]
+    fn from_cache(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        Self::made(py.detach(|| core::Tokenizer::from_cache(&path)))
+    }
+
+    /// The compiled form, which `from_bytes` takes: what `save_cache` writes, and what pickling uses.
+    fn to_bytes<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, self.core.compiled_form())
+    }
+
+    /// A tokenizer from its compiled form.
+    ///
+    /// Args:
+    ///     data: what `to_bytes` gave.
+    ///
+    /// Raises:
+    ///     ValueError: it is damaged, or of another version of heedful.
+    #[staticmethod]
+    fn from_bytes(py: Python<'_>, data: PyBackedBytes) -> PyResult<Self> {
+        Self::made(py.detach(|| core::Tokenizer::from_compiled_form(&data)))
+    }
+
+    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, (Bound<'py, PyBytes>,))> {
+        let py = slf.py();
+        Ok((py.get_type::<Self>().getattr("from_bytes")?, (slf.get().to_bytes(py),)))
     }
 
     /// The text of ids.
@@ -298,9 +451,14 @@ impl Tokenizer {
     ///     ValueError: an id is negative or of more than 32 bits.
     ///     TypeError: these are no ids.
     #[pyo3(signature = (ids, *, skip_special_tokens=false))]
-    fn decode(&self, py: Python<'_>, ids: &Bound<'_, PyAny>, skip_special_tokens: bool) -> PyResult<String> {
-        let ids = self::ids("ids", ids)?;
-        Ok(py.detach(|| self.core.decode(&ids, skip_special_tokens)))
+    fn decode<'py>(
+        &self,
+        py: Python<'py>,
+        ids: &Bound<'py, PyAny>,
+        skip_special_tokens: bool,
+    ) -> PyResult<Bound<'py, PyString>> {
+        let bytes = Ids::new("ids", ids)?.decode(py, &self.core, skip_special_tokens)?;
+        text(py, &bytes)
     }
 
     /// The bytes of ids; arguments and errors as for `decode`.
@@ -311,31 +469,63 @@ impl Tokenizer {
         ids: &Bound<'py, PyAny>,
         skip_special_tokens: bool,
     ) -> PyResult<Bound<'py, PyBytes>> {
-        let ids = self::ids("ids", ids)?;
-        Ok(PyBytes::new(py, &py.detach(|| self.core.decode_bytes(&ids, skip_special_tokens))))
+        Ok(PyBytes::new(py, &Ids::new("ids", ids)?.decode(py, &self.core, skip_special_tokens)?))
     }
 
     /// The texts of many sequences of ids; arguments and errors as for `decode`.
     #[pyo3(signature = (batch, *, skip_special_tokens=false))]
-    fn decode_batch(
+    fn decode_batch<'py>(
         &self,
-        py: Python<'_>,
-        batch: &Bound<'_, PyAny>,
+        py: Python<'py>,
+        batch: &Bound<'py, PyAny>,
         skip_special_tokens: bool,
-    ) -> PyResult<Vec<String>> {
-        let named =
-            |(index, row): (usize, PyResult<Bound<'_, PyAny>>)| ids(&format!("batch[{index}]"), &row?);
-        let rows = batch.try_iter()?.enumerate().map(named).collect::<PyResult<Vec<_>>>()?;
-        Ok(py.detach(|| rows.iter().map(|ids| self.core.decode(ids, skip_special_tokens)).collect()))
+    ) -> PyResult<Vec<Bound<'py, PyString>>> {
+        let texts = batch.try_iter()?.enumerate().map(|(row, ids)| {
+            let bytes =
+                Ids::new(&format!("batch[{row}]"), &ids?)?.decode(py, &self.core, skip_special_tokens)?;
+            text(py, &bytes)
+        });
+        texts.collect()
     }
 
     /// A `TokenStream` at its beginning.
     ///
     /// Args:
     ///     skip_special_tokens: leave out the tokens that the file flags as special.
-    #[pyo3(signature = (*, skip_special_tokens=false))]
-    fn stream(&self, skip_special_tokens: bool) -> TokenStream {
-        TokenStream { tokenizer: Arc::clone(&self.core), state: core::TokenStream::new(skip_special_tokens) }
+    ///     prompt_ids: ids of the text before it, as `decode` takes them. If they end inside a character, the stream
+    ///         completes it: the prompt's text up to that character and the stream's texts are `decode` of all ids.
+    ///     stop: a string or strings that end the text; see `TokenStream`.
+    ///     include_stop: whether the stop string found is part of the text.
+    ///
+    /// Raises:
+    ///     ValueError: a stop string is empty, or an id is negative or of more than 32 bits.
+    ///     TypeError: an argument has another type.
+    #[pyo3(signature = (*, skip_special_tokens=false, prompt_ids=None, stop=None, include_stop=false),
+           text_signature = "(self, *, skip_special_tokens=False, prompt_ids=None, stop=(), include_stop=False)")]
+    fn stream(
+        &self,
+        skip_special_tokens: bool,
+        prompt_ids: Option<&Bound<'_, PyAny>>,
+        stop: Option<&Bound<'_, PyAny>>,
+        include_stop: bool,
+    ) -> PyResult<TokenStream> {
+        TokenStream::new(&self.core, &self.texts, skip_special_tokens, prompt_ids, stop, include_stop)
+    }
+
+    /// This tokenizer with the methods of `tokenizers.Tokenizer`: see `heedful.compat.hugging_face`.
+    fn as_hf<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        let module = slf.py().import("heedful.compat.hugging_face")?;
+        module.getattr("HuggingFaceTokenizer")?.call1((slf,))
+    }
+
+    /// This tokenizer with the methods of `tiktoken.Encoding`: see `heedful.compat.tiktoken`.
+    ///
+    /// Args:
+    ///     name: what it is called.
+    #[pyo3(signature = (name=None))]
+    fn as_tiktoken<'py>(slf: &Bound<'py, Self>, name: Option<&str>) -> PyResult<Bound<'py, PyAny>> {
+        let module = slf.py().import("heedful.compat.tiktoken")?;
+        module.getattr("TiktokenEncoding")?.call1((slf, name))
     }
 
     /// One more than the highest id.
@@ -371,35 +561,7 @@ impl Tokenizer {
     }
 }
 
-/// Decodes one sequence token by token, never giving half a character; made by `Tokenizer.stream`.
-///
-/// The texts of all `push` calls and of `flush`, together, equal `Tokenizer.decode` of all ids.
-#[pyclass(module = "heedful")]
-pub struct TokenStream {
-    tokenizer: Arc<core::Tokenizer>,
-    state: core::TokenStream,
-}
-
-#[pymethods]
-impl TokenStream {
-    /// The text that this id completes; empty while a character is unfinished.
-    ///
-    /// Raises:
-    ///     ValueError: the id is negative or of more than 32 bits.
-    fn push(&mut self, id: i64) -> PyResult<String> {
-        let id = u32::try_from(id)
-            .map_err(|_| PyValueError::new_err(format!("id: expected an id of at least 0, got {id}")))?;
-        Ok(self.state.push(&self.tokenizer, id))
-    }
-
-    /// What is still held back: U+FFFD for an unfinished character, else nothing. The stream is at its beginning again.
-    fn flush(&mut self) -> String {
-        self.state.flush()
-    }
-}
-
 /// Adds this file's names to `heedful._core`.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    module.add_class::<Tokenizer>()?;
-    module.add_class::<TokenStream>()
+    module.add_class::<Tokenizer>()
 }

@@ -12,6 +12,7 @@ mod batch;
 mod bpe;
 mod build;
 mod byte_level;
+mod decode;
 mod encode;
 mod error;
 mod file;
@@ -38,11 +39,15 @@ mod vocabulary;
 
 pub use added_tokens::{AddedToken, AllowedSpecial};
 pub use batch::Flat;
+pub use decode::TokenId;
 pub use error::{Result, TokenizerError};
 pub use offsets::{Located, Unit};
-pub use stream::{TokenStream, Utf8Stream};
+pub use stream::{Piece, StopStrings, TokenStream, Utf8Stream};
 pub use tokenizer::{EncodeOptions, Text, Tokenizer};
 pub use truncate::Side;
 
 /// From this many bytes on, a call is worth a thread pool.
 pub const PARALLEL_BYTES: usize = encode::PARALLEL_BYTES;
+
+/// Memory in which each thread that encodes keeps pieces, in bytes.
+pub const PIECE_CACHE_BYTES: usize = piece_cache::BYTES;

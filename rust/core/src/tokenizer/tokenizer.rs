@@ -9,6 +9,7 @@ use std::sync::OnceLock;
 use crate::tokenizer::added_tokens::{AddedToken, AddedTokens, AllowedSpecial, Section};
 use crate::tokenizer::bpe::Bpe;
 use crate::tokenizer::byte_level;
+use crate::tokenizer::decode::DecodeTable;
 use crate::tokenizer::error::{Result, TokenizerError, invalid, unsupported};
 use crate::tokenizer::image::{Compiled, Image};
 use crate::tokenizer::pre_tokenizer::{PreTokenizer, Step};
@@ -68,6 +69,8 @@ pub struct Tokenizer {
     added_tokens: AddedTokens,
     /// Tokens that are not written in the byte-level alphabet. Made when a string is first looked for.
     texts: OnceLock<HashMap<String, u32>>,
+    /// Made when ids are first decoded.
+    decode_table: OnceLock<DecodeTable>,
     pool: Pool,
 }
 
@@ -109,6 +112,7 @@ impl Tokenizer {
             added_tokens,
             settings,
             texts: OnceLock::new(),
+            decode_table: OnceLock::new(),
             pool: Pool::new(),
         })
     }
@@ -164,6 +168,14 @@ impl Tokenizer {
     #[inline]
     pub(super) fn pool(&self) -> &Pool {
         &self.pool
+    }
+
+    pub(super) fn decode_table(&self) -> &DecodeTable {
+        self.decode_table.get_or_init(|| {
+            let vocabulary = &self.bpe().vocabulary;
+            let ids = 0..vocabulary.len() as u32;
+            DecodeTable::new(ids.map(|id| (vocabulary.bytes(id), vocabulary.is_special(id))))
+        })
     }
 
     /// The ids of `text`.
@@ -334,32 +346,9 @@ impl Tokenizer {
         self.pool.clear();
     }
 
-    /// The bytes of `ids`; an id without a token adds nothing.
-    pub fn decode_bytes(&self, ids: &[u32], skip_special_tokens: bool) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(ids.len() * 4);
-        for &id in ids {
-            if !(skip_special_tokens && self.is_special(id)) {
-                bytes.extend_from_slice(self.token_bytes(id));
-            }
-        }
-        bytes
-    }
-
-    /// The text of `ids`; U+FFFD stands for what is not UTF-8, an id without a token adds nothing.
-    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> String {
-        String::from_utf8(self.decode_bytes(ids, skip_special_tokens))
-            .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
-    }
-
     /// One more than the highest id.
     pub fn vocab_size(&self) -> usize {
         self.bpe().vocabulary.len()
-    }
-
-    /// The bytes that token `id` decodes to; none for an id without a token.
-    #[inline]
-    pub fn token_bytes(&self, id: u32) -> &[u8] {
-        self.bpe().vocabulary.bytes(id)
     }
 
     /// The id of a token's string, as tokenizer.json writes it.
@@ -378,12 +367,6 @@ impl Tokenizer {
     /// A token's string, as tokenizer.json writes it.
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         self.bpe().vocabulary.string(id)
-    }
-
-    /// Whether `skip_special_tokens` leaves out this id.
-    #[inline]
-    pub fn is_special(&self, id: u32) -> bool {
-        self.bpe().vocabulary.is_special(id)
     }
 
     /// The added tokens, in the order of their file.
