@@ -462,7 +462,7 @@ impl VocabularyTables {
         let hasher = Hasher::new(self.seed);
         let bits = |id: u32| {
             let uses = uses.get(id as usize).copied().unwrap_or_default();
-            u32::from(uses.piece) * PIECE | u32::from(uses.merged) * MERGED
+            (u32::from(uses.piece) * PIECE) | (u32::from(uses.merged) * MERGED)
         };
         for slot in self.slots.iter_mut().filter(|slot| slot.id != EMPTY) {
             slot.id |= bits(slot.id);
