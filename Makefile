@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' -o -name '*.toml' -o -name '*.tsv')
 DOCUMENT := examples/documents/demo.txt
+COUNT ?= 1000000
 
-.PHONY: help demo test lint wheel bench clean
+.PHONY: help demo test lint wheel bench fuzz-tokenizer clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 demo: $(VENV)/.installed ## build, install, and let the built-in model continue a long document
 	$(BIN)/heedful generate --file $(DOCUMENT) --max-tokens 200 --temperature 0.7 --top-p 0.9 --seed 1
@@ -31,6 +32,9 @@ wheel: $(BIN)/maturin ## dist/: a wheel for every CPython from 3.10 on, and an s
 
 bench: $(VENV)/.installed-dev ## the side-by-side benchmarks
 	for bench in benches/bench_*.py; do $(BIN)/python $$bench || exit 1; done
+
+fuzz-tokenizer: $(VENV)/.installed-dev ## COUNT drawn strings a file against the reference tokenizers
+	$(BIN)/python tests/fuzz_tokenizer.py --count $(COUNT)
 
 clean: ## remove everything that was built here
 	rm -rf $(VENV) target dist

@@ -248,7 +248,7 @@ class Run:
     def stage(self, title: str, strings: Iterable[str], differing: Callable[[list[str]], list[str]]) -> None:
         """Compares `strings` and prints what differed, cut down."""
         began, done, size, shown = time.monotonic(), 0, 0, 0.0
-        for batch in batches(strings, BATCH if title != "code points" else 64):
+        for batch in batches(strings, BATCH if title != "code points" else 512):
             for text in differing(batch):
                 self.failed += 1
                 if self.failed <= 10:

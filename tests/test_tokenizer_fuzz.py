@@ -43,7 +43,7 @@ def test_without_added_tokens_the_ids_are_those_of_a_reference_without_them(pair
 @pytest.mark.parametrize("name", ["deepseek-v3.2", "qwen3", "cl100k"])
 def test_every_code_point_has_the_ids_of_the_reference(name: str) -> None:
     pair = fuzz.pair(name)
-    for batch in fuzz.batches(code_point_texts(CONTEXTS, pair.separator), 64):
+    for batch in fuzz.batches(code_point_texts(CONTEXTS, pair.separator), 512):
         differing = pair.differing_ids(batch)
         fails = lambda text: bool(pair.differing_ids([text]))  # noqa: E731
         assert not differing, pair.report(fuzz.minimised(differing[0], fails))
