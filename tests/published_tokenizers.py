@@ -219,10 +219,11 @@ def table(rows: list[Row]) -> str:
     lines = [
         "# Published tokenizers",
         "",
-        f"{served} of {len(rows)} files are served exactly: with the reference's ids for each of the 1,112,064 code points",
-        "(alone, behind a space, a letter and a digit) and for every drawn string, added tokens recognised; and, for a",
-        "quarter of the strings, with none recognised. What would not be exact is refused when it is loaded. This page is",
-        "written by `tests/published_tokenizers.py`; the strings are those of `tests/tokenizer_texts.py`.",
+        f"{served} of {len(rows)} files are served exactly: with the reference's ids for each of the 1,112,064 code",
+        "points (alone, behind a space, a letter and a digit) and for every drawn string, added tokens recognised;",
+        "and, for a quarter of the strings, with none recognised. What would not be exact is refused when it is",
+        "loaded. This page is written by `tests/published_tokenizers.py`; the strings are those of",
+        "`tests/tokenizer_texts.py`.",
         "",
         f"heedful {heedful.__version__}, tokenizers {tokenizers.__version__}, tiktoken {tiktoken.__version__}.",
         "",
@@ -237,10 +238,10 @@ def table(rows: list[Row]) -> str:
         lines.append(f"| {cell(name.name)} | {package} | `{name.sha256[:12]}` | {reference} | {verdict} {counts}")
     lines += [
         "",
-        "Notes. The names are the packages'. Of files of ranks, the pattern and the special tokens stand in the code of",
-        "their library: OpenAI's are tiktoken's own; of the others, a few special tokens are given. tekken's ids begin",
-        f"behind {TEKKEN_SPECIAL:,} special tokens, which are not part of the comparison. SentencePiece files (Llama 1 and",
-        "2, Mistral before Nemo, Gemma) are no byte-level BPE and have no loader here.",
+        "Notes. The names are the packages'. Of files of ranks, the pattern and the special tokens stand in the code",
+        "of their library: OpenAI's are tiktoken's own; of the others, a few special tokens are given. tekken's ids",
+        f"begin behind {TEKKEN_SPECIAL:,} special tokens, which are not part of the comparison. SentencePiece files",
+        "(Llama 1 and 2, Mistral before Nemo, Gemma) are no byte-level BPE and have no loader here.",
         "",
     ]
     return "\n".join(lines)
