@@ -5,12 +5,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' -o -name '*.toml' -o -name '*.tsv')
 DOCUMENT := examples/documents/demo.txt
+COUNT ?= 1000000
 
-.PHONY: help demo test lint wheel bench clean
+# A stable compiler instruments for libFuzzer as well: these are cargo-fuzz's flags, less the sanitizer (which needs a nightly).
+FUZZ_SECONDS ?= 600
+HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+COVERAGE := --cfg fuzzing -Ccodegen-units=1 -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+	-Cllvm-args=-sanitizer-coverage-trace-compares
+
+.PHONY: help demo test lint wheel bench fuzz fuzz-tokenizer clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 demo: $(VENV)/.installed ## build, install, and let the built-in model continue a long document
 	$(BIN)/heedful generate --file $(DOCUMENT) --max-tokens 200 --temperature 0.7 --top-p 0.9 --seed 1
@@ -31,6 +39,16 @@ wheel: $(BIN)/maturin ## dist/: a wheel for every CPython from 3.10 on, and an s
 
 bench: $(VENV)/.installed-dev ## the side-by-side benchmarks
 	for bench in benches/bench_*.py; do $(BIN)/python $$bench || exit 1; done
+
+fuzz: ## coverage-guided fuzzing of the tokenizer in Rust, FUZZ_SECONDS a target; needs a C++ compiler
+	RUSTFLAGS="$(COVERAGE)" cargo build --release --manifest-path rust/fuzz/Cargo.toml --target $(HOST) --target-dir target/fuzz
+	cd rust/fuzz && for target in tokenizer_file tokenizer_text; do \
+		mkdir -p corpus/$$target artifacts && ../../target/fuzz/$(HOST)/release/$$target corpus/$$target seeds/$$target \
+			-max_total_time=$(FUZZ_SECONDS) -max_len=8192 -timeout=10 -rss_limit_mb=1024 -artifact_prefix=artifacts/ \
+			-print_final_stats=1 || exit 1; done
+
+fuzz-tokenizer: $(VENV)/.installed-dev ## COUNT drawn strings a file against the reference tokenizers
+	$(BIN)/python tests/fuzz_tokenizer.py --count $(COUNT)
 
 clean: ## remove everything that was built here
 	rm -rf $(VENV) target dist

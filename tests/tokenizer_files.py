@@ -6,6 +6,9 @@ import base64
 import functools
 import json
 import lzma
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,15 @@ CL100K_SPECIAL = {
 def unpacked(name: str) -> bytes:
     """A file of tests/data/tokenizers."""
     return lzma.decompress((DATA / f"{name}.xz").read_bytes())
+
+
+@contextmanager
+def temporary(data: bytes) -> Iterator[Path]:
+    """A file that holds `data`, as long as the block runs."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "file"
+        path.write_bytes(data)
+        yield path
 
 
 @functools.cache
