@@ -134,11 +134,16 @@ impl Encoder<'_> {
     /// A piece of up to 15 bytes that the cache does not have.
     fn new_short(&mut self, piece: &[u8], key: Key, hash: u64, out: &mut Vec<u32>) {
         let before = out.len();
-        match self.bpe.vocabulary.piece_of_key(key, hash) {
-            Some(id) => out.push(id),
-            None => self.bpe.merge(piece, self.memory, out),
+        if let Some(id) = self.bpe.vocabulary.piece_of_key(key, hash) {
+            out.push(id);
+        } else if let Some(ids) = self.pieces.long(piece, hash) {
+            return out.extend_from_slice(ids);
+        } else {
+            self.bpe.merge(piece, self.memory, out);
         }
-        self.pieces.keep_short(key, hash, &out[before..]);
+        if !self.pieces.keep_short(key, hash, &out[before..]) {
+            self.pieces.keep_long(piece, hash, &out[before..]);
+        }
     }
 
     fn long(&mut self, piece: &[u8], out: &mut Vec<u32>) {

@@ -1,6 +1,6 @@
 //! What pieces became: small tables of fixed size, one pair of them for each thread at work.
 //!
-//! A piece of up to 15 bytes with up to 3 ids takes half a cache line, one of up to 32 bytes with up to 6 ids a whole one.
+//! A piece of up to 15 bytes with up to 3 ids takes half a cache line, others of up to 32 bytes and 6 ids a whole one.
 //! The newest piece of a set takes the place of the older; nothing grows, nothing is allocated after the first use.
 
 use bytemuck::{Zeroable, allocation::zeroed_vec};
@@ -53,29 +53,25 @@ impl PieceCache {
     /// The entry of a key that is not empty.
     #[inline]
     pub fn short(&self, key: Key, hash: u64) -> Option<&Short> {
-        let [newer, older] = &self.short[place(hash, SHORT_SETS)];
-        if newer.key == key {
-            Some(newer)
-        } else if older.key == key {
-            Some(older)
-        } else {
-            None
-        }
+        // Which of the two it is cannot be foretold, so no branch asks.
+        let set = &self.short[place(hash, SHORT_SETS)];
+        let entry = &set[usize::from(set[0].key != key)];
+        if entry.key == key { Some(entry) } else { None }
     }
 
-    /// Keeps what a key became, if it fits.
+    /// Keeps what a key became; false if it does not fit.
     #[inline]
-    pub fn keep_short(&mut self, key: Key, hash: u64, ids: &[u32]) {
+    pub fn keep_short(&mut self, key: Key, hash: u64, ids: &[u32]) -> bool {
         let mut entry = Short { key, ids: [0; 3], count: ids.len() as u32 };
-        if let Some(kept) = entry.ids.get_mut(..ids.len()) {
-            kept.copy_from_slice(ids);
-            let set = &mut self.short[place(hash, SHORT_SETS)];
-            set[1] = set[0];
-            set[0] = entry;
-        }
+        let Some(kept) = entry.ids.get_mut(..ids.len()) else { return false };
+        kept.copy_from_slice(ids);
+        let set = &mut self.short[place(hash, SHORT_SETS)];
+        set[1] = set[0];
+        set[0] = entry;
+        true
     }
 
-    /// The ids of a piece of 16 to [`LONGEST`] bytes.
+    /// The ids of a piece of up to [`LONGEST`] bytes.
     #[inline]
     pub fn long(&self, piece: &[u8], hash: u64) -> Option<&[u32]> {
         let entry = &self.long[place(hash, LONG_ENTRIES)];
@@ -113,7 +109,7 @@ mod tests {
             let entry = cache.short(key(byte), hash).unwrap();
             assert_eq!((entry.ids, entry.count), ([u32::from(byte), 9, 0], 2));
         }
-        cache.keep_short(key(4), hash, &[1, 2, 3, 4]);
+        assert!(!cache.keep_short(key(4), hash, &[1, 2, 3, 4]));
         assert!(cache.short(key(4), hash).is_none());
     }
 
