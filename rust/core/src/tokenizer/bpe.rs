@@ -17,7 +17,7 @@ use crate::tokenizer::vocabulary::Vocabulary;
 /// So many symbols are joined by looking through all ranks again and again.
 const FEW: usize = 64;
 /// So many of them are looked at together.
-const GROUP: usize = 8;
+const GROUP: usize = 4;
 /// Behind every pair that can be joined.
 const LAST: i32 = i32::MAX;
 const NO_RANK: u32 = u32::MAX;

@@ -164,13 +164,15 @@ impl<'i> Vocabulary<'i> {
 
     /// The token of these bytes that is written in the byte-level alphabet.
     pub fn id_of_bytes(&self, bytes: &[u8]) -> Option<u32> {
-        self.find(bytes, 0)
+        let (key, hash) = self.hasher.key_and_hash(bytes);
+        self.find(bytes, key, hash, 0)
     }
 
     /// The token that a piece of these bytes is, if no merge is needed.
     #[inline]
     pub fn piece(&self, bytes: &[u8]) -> Option<u32> {
-        self.find(bytes, PIECE)
+        let (key, hash) = self.hasher.key_and_hash(bytes);
+        if self.filter.has(hash) { self.find(bytes, key, hash, PIECE) } else { None }
     }
 
     /// The same for a key and its hash.
@@ -187,8 +189,7 @@ impl<'i> Vocabulary<'i> {
     }
 
     #[inline]
-    fn find(&self, bytes: &[u8], use_: u32) -> Option<u32> {
-        let (key, hash) = self.hasher.key_and_hash(bytes);
+    fn find(&self, bytes: &[u8], key: Key, hash: u64, use_: u32) -> Option<u32> {
         self.probe(key, hash, use_, |id| bytes.len() <= SHORT || self.bytes(id) == bytes)
     }
 
