@@ -1,10 +1,13 @@
 //! Byte pair encoding of one piece.
 //!
 //! The definition: join the neighbours of lowest rank, leftmost first, until no pair has a rank. A short piece is encoded
-//! just so, from its characters where these are tokens. Of a long one, where merges are ordered (see `merges`), the same
-//! tokens are found from left to right: take the longest token that is compatible with the one before, go back where nothing
-//! fits. A position from which the end cannot be reached is never tried twice, so the work is linear; should a piece need
-//! unusually many steps after all, or merges be unordered, a heap does it in O(n log n).
+//! just so, from its characters where these are tokens.
+//!
+//! A long one is not, where merges are ordered: then a sequence of tokens is the piece's encoding exactly when each two
+//! neighbours are compatible (see `merges`), so it can be put together of parts. Windows that overlap are tried first, then,
+//! for pieces like a thousand spaces whose tokens are longer than a window, a walk: take the longest token that is compatible
+//! with the one before, go back where nothing fits. A position from which the end cannot be reached is never tried twice, and
+//! steps are counted, so both are linear. What neither finds, and unordered merges, a heap does in O(n log n).
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -18,6 +21,13 @@ use crate::tokenizer::vocabulary::Vocabulary;
 const FEW: usize = 64;
 /// So many of them are looked at together.
 const GROUP: usize = 4;
+/// Bytes that are looked at together in a long piece, and those at their end whose tokens may be others in the piece.
+const WINDOW: usize = 48;
+const UNSURE: usize = 12;
+/// Of tokens so long a walk is quicker.
+const LONG_TOKEN: usize = 8;
+/// Bytes a window that a piece must get on by; real text gets on by nearly a window's.
+const MIN_PROGRESS: usize = 12;
 /// Behind every pair that can be joined.
 const LAST: i32 = i32::MAX;
 const NO_RANK: u32 = u32::MAX;
@@ -97,11 +107,52 @@ impl Bpe<'_> {
     pub fn merge(&self, piece: &[u8], scratch: &mut Scratch, out: &mut Vec<u32>) {
         let before = out.len();
         if let Some(count) = self.symbols(piece, &mut scratch.few.ids) {
-            self.join_few(&mut scratch.few, count, out);
-        } else if !(self.merges.are_ordered() && self.walk(piece, &mut scratch.dead, out)) {
-            out.truncate(before);
-            self.join_many(piece, scratch, out);
+            return self.join_few(&mut scratch.few, count, out);
         }
+        if self.merges.are_ordered() {
+            if self.glide(piece, &mut scratch.few, out) {
+                return;
+            }
+            out.truncate(before);
+            if self.walk(piece, &mut scratch.dead, out) {
+                return;
+            }
+            out.truncate(before);
+        }
+        self.join_many(piece, scratch, out);
+    }
+
+    /// Window by window: the tokens of each, but for those its end may have cut short, are kept where they are compatible
+    /// with those before. False, with something appended, where a walk does better.
+    fn glide(&self, piece: &[u8], few: &mut Few, out: &mut Vec<u32>) -> bool {
+        let before = out.len();
+        let len = |id: u32| self.vocabulary.bytes(id).len();
+        let mut at = 0;
+        for step in 0.. {
+            if step * MIN_PROGRESS > at + 8 * MIN_PROGRESS {
+                break;
+            }
+            let end = (at + WINDOW).min(piece.len());
+            let Some(count) = self.symbols(&piece[at..end], &mut few.ids) else { return false };
+            let first = out.len();
+            self.join_few(few, count, out);
+            if first > before && !self.merges.compatible(out[first - 1], out[first], NO_RANK) {
+                out.truncate(first);
+                let Some(id) = out.pop() else { return false };
+                at -= len(id);
+            } else if end == piece.len() {
+                return true;
+            } else if (out.len() - first) * LONG_TOKEN <= end - at {
+                break;
+            } else {
+                at = end;
+                while at + UNSURE > end && out.len() > first + 1 {
+                    let Some(id) = out.pop() else { return false };
+                    at -= len(id);
+                }
+            }
+        }
+        false
     }
 
     /// What merging can begin with: the piece's characters where each becomes one token before anything happens at its
@@ -122,7 +173,7 @@ impl Bpe<'_> {
             };
             let end = (at + len).min(piece.len());
             let crosses = piece.get(end).is_some_and(|&next| self.merges.cross(piece[end - 1], next));
-            let whole = if len == 1 || crossed || crosses {
+            let whole = if len == 1 || at + len > piece.len() || crossed || crosses {
                 None
             } else {
                 self.vocabulary.character(&piece[at..end])

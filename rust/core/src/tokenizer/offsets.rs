@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use crate::tokenizer::encode::Encoder;
 use crate::tokenizer::error::Result;
+use crate::tokenizer::key::window;
 use crate::tokenizer::normalizer::Origin;
 use crate::tokenizer::scratch::Scratch;
 use crate::tokenizer::settings::Settings;
@@ -54,66 +55,64 @@ impl Tokenizer {
     ) -> Result<Located> {
         let mut ids = Vec::with_capacity(text.len() / 4 + 8);
         let mut offsets = Vec::with_capacity(text.len() / 4 + 8);
+        let mut counter = Counter::new(text, unit);
         self.pool().with(|scratch| {
             self.for_each_part(text, options.allowed_special, |part| match part {
                 Part::Token(id, place) => {
                     ids.push(id);
-                    let Range { start, end } = place.origin(text, self);
-                    offsets.push([start as u32, end as u32]);
+                    offsets.push(counter.offsets(place.origin(text, self)));
                 }
                 Part::Text(normalized, place) if place.is_original && self.pieces_cover() => {
                     let before = ids.len();
                     self.encode_plain(normalized, scratch, &mut ids);
                     let start = place.section.start + place.range.start;
-                    self.locate(&ids[before..], text, start, &mut offsets);
+                    self.locate(&ids[before..], start, &mut counter, &mut offsets);
                 }
                 Part::Text(normalized, place) => {
-                    self.locate_pieces(text, normalized, &place, scratch, &mut ids, &mut offsets);
+                    let origins = place.origins(text, self);
+                    self.locate_pieces(normalized, &origins, scratch, &mut counter, &mut ids, &mut offsets);
                 }
             })
         })?;
-        if unit == Unit::Char {
-            to_chars(text, &mut offsets);
-        }
         Ok((ids, offsets))
     }
 
-    /// Places of ids that follow each other from byte `start` of the text on.
-    fn locate(&self, ids: &[u32], text: &str, start: usize, offsets: &mut Vec<[u32; 2]>) {
+    /// Places of ids that follow each other from byte `at` of the text on.
+    fn locate(&self, ids: &[u32], mut at: usize, counter: &mut Counter<'_>, offsets: &mut Vec<[u32; 2]>) {
         let vocabulary = &self.bpe().vocabulary;
-        let mut at = start as u32;
-        let first = offsets.len();
+        let mut offset = counter.offset(at);
         offsets.extend(ids.iter().map(|&id| {
-            let start = at;
-            at += vocabulary.bytes(id).len() as u32;
-            [start, at]
+            let len = vocabulary.bytes(id).len();
+            if len <= 16 && is_ascii(window(counter.bytes, at), len) {
+                let start = offset;
+                at += len;
+                offset += len as u32;
+                return [start, offset];
+            }
+            let (mut start, mut end) = (at, at + len);
+            at = end;
+            while counter.is_inside(start) {
+                start -= 1;
+            }
+            while counter.is_inside(end) {
+                end += 1;
+            }
+            let place = counter.offsets(start..end);
+            offset = place[1]; // of what follows, unless that begins inside the same character and so is not ASCII
+            place
         }));
-        let bytes = text.as_bytes();
-        if bytes[start..at as usize].is_ascii() {
-            return;
-        }
-        let is_inside = |at: u32| bytes.get(at as usize).is_some_and(|&byte| byte & 0xC0 == 0x80);
-        for [start, end] in &mut offsets[first..] {
-            while is_inside(*start) {
-                *start -= 1;
-            }
-            while is_inside(*end) {
-                *end += 1;
-            }
-        }
     }
 
     /// The same where pieces do not make up the text, or normalization changed it: piece by piece.
     fn locate_pieces(
         &self,
-        text: &str,
         normalized: &str,
-        place: &Place,
+        origins: &Origins<'_>,
         scratch: &mut Scratch,
+        counter: &mut Counter<'_>,
         ids: &mut Vec<u32>,
         offsets: &mut Vec<[u32; 2]>,
     ) {
-        let origins = place.origins(text, self);
         let Scratch { pieces, bpe: memory, patterns, .. } = scratch;
         let mut encoder = Encoder { bpe: *self.bpe(), pieces, memory };
         let patterns = patterns.get_or_insert_with(|| self.pre_tokenizer().caches());
@@ -122,14 +121,14 @@ impl Tokenizer {
             encoder.piece(piece.as_bytes(), ids);
             // A space that was put there counts as a byte before the piece, with the origin of its first character.
             let byte = |at: usize| {
-                let at = place.range.start + from.at + at.saturating_sub(usize::from(from.prefixed));
+                let at = origins.place.range.start + from.at + at.saturating_sub(usize::from(from.prefixed));
                 origins.of_byte(at)
             };
             let mut at = 0;
             for &id in &ids[before..] {
                 let len = self.token_bytes(id).len();
                 let (first, last) = (byte(at), byte(at + len - 1));
-                offsets.push([first.start as u32, last.end as u32]);
+                offsets.push(counter.offsets(first.start..last.end));
                 at += len;
             }
         });
@@ -193,24 +192,82 @@ impl Origins<'_> {
     }
 }
 
-/// From bytes to characters. Places rise, so one pass is enough; where one goes back, counting begins anew.
-fn to_chars(text: &str, offsets: &mut [[u32; 2]]) {
-    if text.is_ascii() {
-        return;
+/// From bytes to what offsets count. Places rise, but for tokens that share a character.
+struct Counter<'t> {
+    bytes: &'t [u8],
+    /// Whether characters are counted, and are not all bytes.
+    counts: bool,
+    at: usize,
+    characters: u32,
+}
+
+impl<'t> Counter<'t> {
+    fn new(text: &'t str, unit: Unit) -> Self {
+        let counts = unit == Unit::Char && !text.is_ascii();
+        Self { bytes: text.as_bytes(), counts, at: 0, characters: 0 }
     }
-    let bytes = text.as_bytes();
-    let count = |range: Range<usize>| bytes[range].iter().filter(|&&byte| byte & 0xC0 != 0x80).count() as u32;
-    let (mut at, mut chars) = (0, 0);
-    for [start, end] in offsets {
-        let (from, to) = (*start as usize, *end as usize);
-        if from < at {
-            chars -= count(from..at);
-        } else {
-            chars += count(at..from);
+
+    /// The offset of a place between characters.
+    #[inline]
+    fn offset(&mut self, byte: usize) -> u32 {
+        if !self.counts {
+            return byte as u32;
         }
-        *start = chars;
-        chars += count(from..to);
-        *end = chars;
-        at = to;
+        if byte < self.at {
+            self.characters -= characters(self.bytes, byte, self.at);
+        } else {
+            self.characters += characters(self.bytes, self.at, byte);
+        }
+        self.at = byte;
+        self.characters
+    }
+
+    fn offsets(&mut self, range: Range<usize>) -> [u32; 2] {
+        [self.offset(range.start), self.offset(range.end)]
+    }
+
+    /// Whether a byte is inside a character.
+    #[inline]
+    fn is_inside(&self, byte: usize) -> bool {
+        self.bytes.get(byte).is_some_and(|&byte| byte & 0xC0 == 0x80)
+    }
+}
+
+/// Whether the first `len` bytes of a window, at least one, are ASCII.
+#[inline]
+fn is_ascii(window: u128, len: usize) -> bool {
+    window << (128 - 8 * len) & u128::from_le_bytes([0x80; 16]) == 0
+}
+
+/// Characters that begin in `from..to`, counted 16 bytes at a time.
+#[inline]
+fn characters(bytes: &[u8], mut from: usize, to: usize) -> u32 {
+    const ONES: u128 = u128::from_le_bytes([1; 16]);
+    let mut count = 0;
+    while from < to {
+        let len = (to - from).min(16);
+        let window = window(bytes, from);
+        let inside = (window >> 7) & !(window >> 6) & ONES & (u128::MAX >> (128 - 8 * len));
+        // The sum of all bytes comes to lie in the highest one.
+        count += len as u32 - (inside.wrapping_mul(ONES) >> 120) as u32;
+        from += len;
+    }
+    count
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn characters_are_counted_where_they_begin(text in "[aé中😀]{0,30}", cuts in any::<[prop::sample::Index; 2]>()) {
+            let bytes = text.as_bytes();
+            let mut cuts = cuts.map(|cut| cut.index(bytes.len() + 1));
+            cuts.sort_unstable();
+            let expected = text.char_indices().filter(|(at, _)| (cuts[0]..cuts[1]).contains(at)).count();
+            prop_assert_eq!(characters(bytes, cuts[0], cuts[1]), expected as u32);
+        }
     }
 }
