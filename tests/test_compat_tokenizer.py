@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiktoken
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from heedful import Tokenizer
@@ -151,6 +151,7 @@ def test_the_vocabulary_is_that_of_the_reference(name: str) -> None:
 
 
 @slow
+@example(" ª")  # a token of a whole character and the beginning of another
 @given(TEXTS)
 def test_a_stream_is_that_of_the_reference(text: str) -> None:
     for ours, reference in map(hugging_face, FILES):
@@ -171,6 +172,16 @@ def test_a_stream_takes_several_ids_and_goes_on_behind_a_true_replacement_charac
     assert DecodeStream().step(ours, ids) == "a\ufffdb"
     assert DecodeStream().step(ours, ours.encode("a\ufffd").ids) == "a\ufffd"
     assert DecodeStream().step(ours, []) is None
+    first, *rest = (ours.token_to_id(character) for character in "ĠðŁĺĢ")  # a space and the bytes of U+1F600
+    stream = DecodeStream()
+    assert [stream.step(ours, [first, *rest[:1]]), *(stream.step(ours, id) for id in rest[1:])] == [
+        None,
+        None,
+        None,
+        " 😀",
+    ]
+    with pytest.raises(ValueError, match="ids: expected"):
+        stream.step(ours, -1)
 
 
 def test_what_is_not_exact_is_not_there() -> None:

@@ -6,12 +6,13 @@ words that a pre-tokenizer made) and what would change the tokenizer raises NotI
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, NoReturn
 
-from heedful._core import Tokenizer, TokenStream
+from heedful._core import Tokenizer
 from heedful.compat.encoding import Encoding, not_here
 
 Words = Sequence[str]
@@ -199,8 +200,8 @@ class HuggingFaceTokenizer:
 class DecodeStream:
     """`tokenizers.decoders.DecodeStream`: decodes one sequence token by token.
 
-    Where the original waits as long as the text ends in U+FFFD, this one tells an unfinished character from a wrong
-    byte and from a true U+FFFD: it holds back the first alone.
+    Like the original, it gives nothing while the last character is unfinished. Where the original takes any text that
+    ends in U+FFFD for unfinished, this one tells a wrong byte and a true U+FFFD from the beginning of a character.
     """
 
     def __init__(self, ids: Sequence[int] | None = None, skip_special_tokens: bool = False) -> None:
@@ -210,7 +211,8 @@ class DecodeStream:
             skip_special_tokens: leave out the tokens that the file flags as special.
         """
         self._before, self._skip = list(ids or ()), skip_special_tokens
-        self._stream: TokenStream | None = None
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
 
     def step(self, tokenizer: HuggingFaceTokenizer, id: int | Sequence[int]) -> str | None:
         """The text that an id, or several, complete; None if they complete none.
@@ -218,9 +220,12 @@ class DecodeStream:
         Raises:
             ValueError: an id is negative or of more than 32 bits.
         """
-        if self._stream is None:
-            self._stream = tokenizer._tokenizer.stream(skip_special_tokens=self._skip)
-            for before in self._before:
-                self._stream.push(before)
-        ids = [id] if isinstance(id, int) else id
-        return "".join(map(self._stream.push, ids)) or None
+        ids = [id] if isinstance(id, int) else list(id)
+        data = tokenizer._tokenizer.decode_bytes(ids, skip_special_tokens=self._skip)
+        if self._before:
+            self._utf8.decode(tokenizer._tokenizer.decode_bytes(self._before, skip_special_tokens=self._skip))
+            self._before = []
+        text = self._held + self._utf8.decode(data)
+        unfinished = bool(self._utf8.getstate()[0])
+        self._held = text if unfinished else ""
+        return None if unfinished else text or None

@@ -21,6 +21,9 @@ use crate::token_texts::{TokenTexts, text};
 /// Longer texts are encoded with the GIL released; for shorter ones, giving it back and taking it costs more than the work.
 const RELEASE_BYTES: usize = 1024;
 
+/// Ids: uint32 [N].
+type IdArray<'py> = Bound<'py, PyArray1<u32>>;
+
 /// Byte-level BPE with the ids of Hugging Face `tokenizers`.
 ///
 /// Immutable: one object serves any number of threads. Made by `from_file`, `from_pretrained`, `from_str` or
@@ -261,7 +264,7 @@ impl Tokenizer {
         add_special_tokens: bool,
         allowed_special: Allowed,
         errors: Errors,
-    ) -> PyResult<(Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<i64>>)> {
+    ) -> PyResult<(IdArray<'py>, Bound<'py, PyArray1<i64>>)> {
         let options = allowed_special.options(add_special_tokens);
         let flat = batch(py, texts, errors, |texts| self.core.encode_batch_flat(texts, options))?;
         Ok((flat.ids.into_pyarray(py), flat.row_offsets.into_pyarray(py)))
@@ -293,7 +296,7 @@ impl Tokenizer {
         add_special_tokens: bool,
         allowed_special: Allowed,
         errors: Errors,
-    ) -> PyResult<(Bound<'py, PyArray1<u32>>, Bound<'py, PyArray2<u32>>)> {
+    ) -> PyResult<(IdArray<'py>, Bound<'py, PyArray2<u32>>)> {
         let unit = match unit {
             "char" => core::Unit::Char,
             "byte" => core::Unit::Byte,

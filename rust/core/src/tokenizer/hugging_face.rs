@@ -1,13 +1,14 @@
 //! tokenizer.json of Hugging Face tokenizers, read strictly: an unknown key or kind is refused by its path.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::path::Path;
 
 use serde::de::{self, DeserializeOwned, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, de::IgnoredAny};
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use crate::tokenizer::added_tokens::AddedToken;
 use crate::tokenizer::build;
@@ -23,7 +24,15 @@ use crate::tokenizer::tokenizer::Tokenizer;
 use crate::tokenizer::vocabulary::{TokenList, Vocabulary, VocabularyTables};
 
 /// More steps than this are no real file.
-const MAX_STEPS: usize = 64;
+const MAX_STEPS: usize = 16;
+/// A longer description of a component is refused before it is taken apart; real ones have some kilobytes.
+const MAX_COMPONENT_BYTES: usize = 1 << 18;
+/// The same of all added tokens, of which real files have up to some thousands.
+const MAX_ADDED_BYTES: usize = 32 << 20;
+/// Bytes of an added token; one automaton is built of all of them.
+const MAX_ADDED_TOKEN_BYTES: usize = 1024;
+/// Ids that a post-processor may put around a text.
+const MAX_AROUND: usize = 1024;
 
 /// What `ByteLevel` cuts with when `use_regex` is set (GPT-2).
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
@@ -52,17 +61,18 @@ impl Tokenizer {
         if let Some(version) = document.version.filter(|version| version != "1.0") {
             return Err(unsupported("version", format!("{version:?}")));
         }
-        let normalizer = normalizer(document.normalizer.as_ref(), "normalizer")?;
+        let normalizer = normalizer(component(document.normalizer, "normalizer")?.as_ref(), "normalizer")?;
         let mut steps = Steps::default();
-        steps.read(document.pre_tokenizer.as_ref(), "pre_tokenizer")?;
+        steps.read(component(document.pre_tokenizer, "pre_tokenizer")?.as_ref(), "pre_tokenizer")?;
         if !steps.byte_level {
             return Err(unsupported("pre_tokenizer", "a tokenizer without ByteLevel"));
         }
-        if kind(document.decoder.as_ref(), "decoder")? != Some("ByteLevel") {
+        if kind(component(document.decoder, "decoder")?.as_ref(), "decoder")? != Some("ByteLevel") {
             return Err(unsupported("decoder", "a decoder other than ByteLevel"));
         }
         let model_tokens = document.model.vocab.0.len();
-        let added_tokens = document.added_tokens;
+        let added_tokens: Vec<AddedToken> =
+            parsed(document.added_tokens, "added_tokens", MAX_ADDED_BYTES)?.unwrap_or_default();
         let (mut vocabulary, merges) = document.model.build(added_tokens.len())?;
         add(&mut vocabulary, model_tokens, &added_tokens)?;
         let mut settings = Settings {
@@ -73,12 +83,8 @@ impl Tokenizer {
             behind: Vec::new(),
             trim: Trim::default(),
         };
-        post_processor(
-            document.post_processor.as_ref(),
-            "post_processor",
-            &vocabulary.view(),
-            &mut settings,
-        )?;
+        let processor = component(document.post_processor, "post_processor")?;
+        post_processor(processor.as_ref(), "post_processor", &vocabulary.view(), &mut settings)?;
         build::tokenizer(&settings, vocabulary, &merges, "tokenizer.json")
     }
 }
@@ -89,12 +95,16 @@ struct Document<'d> {
     version: Option<String>,
     truncation: Option<IgnoredAny>,
     padding: Option<IgnoredAny>,
-    #[serde(default)]
-    added_tokens: Vec<AddedToken>,
-    normalizer: Option<Value>,
-    pre_tokenizer: Option<Value>,
-    post_processor: Option<Value>,
-    decoder: Option<Value>,
+    #[serde(borrow)]
+    added_tokens: Option<&'d RawValue>,
+    #[serde(borrow)]
+    normalizer: Option<&'d RawValue>,
+    #[serde(borrow)]
+    pre_tokenizer: Option<&'d RawValue>,
+    #[serde(borrow)]
+    post_processor: Option<&'d RawValue>,
+    #[serde(borrow)]
+    decoder: Option<&'d RawValue>,
     #[serde(borrow)]
     model: Model<'d>,
 }
@@ -270,6 +280,22 @@ fn refuse_kind(json: &str, error: &serde_json::Error) -> crate::tokenizer::Token
     }
 }
 
+/// A component's description, if there is one.
+fn component(raw: Option<&RawValue>, place: &str) -> Result<Option<Value>> {
+    parsed(raw, place, MAX_COMPONENT_BYTES)
+}
+
+/// A part of the file, if it is there and not too long.
+fn parsed<'d, T: Deserialize<'d>>(raw: Option<&'d RawValue>, place: &str, limit: usize) -> Result<Option<T>> {
+    let Some(raw) = raw.map(RawValue::get) else { return Ok(None) };
+    if raw.len() > limit {
+        return Err(invalid(place, format!("at most {limit} bytes"), raw.len().to_string()));
+    }
+    serde_json::from_str(raw).map(Some).map_err(|error| {
+        invalid("tokenizer.json", "the layout of Hugging Face tokenizers", format!("{place}: {error}"))
+    })
+}
+
 /// The `type` of a component; None when it is null or absent.
 fn kind<'v>(component: Option<&'v Value>, place: &str) -> Result<Option<&'v str>> {
     let Some(component) = component else { return Ok(None) };
@@ -421,11 +447,19 @@ impl Steps {
 
 /// Puts the added tokens beside the model's. The reference numbers them itself, so a file that says otherwise is refused.
 fn add(vocabulary: &mut VocabularyTables, model_tokens: usize, added: &[AddedToken]) -> Result<()> {
+    let mut seen = HashSet::new();
     let mut next = model_tokens as u32;
     for (index, token) in added.iter().enumerate() {
         let place = format!("added_tokens[{index}]");
         if token.content.is_empty() {
             return Err(invalid(place, "a token that is not empty", "\"\""));
+        }
+        if token.content.len() > MAX_ADDED_TOKEN_BYTES {
+            let got = format!("{} bytes", token.content.len());
+            return Err(invalid(place, format!("a token of at most {MAX_ADDED_TOKEN_BYTES} bytes"), got));
+        }
+        if !seen.insert(&token.content) {
+            return Err(invalid(place, "each added token once", format!("{:?} twice", token.content)));
         }
         let expected = vocabulary.id_of_string(&token.content).unwrap_or(next);
         if token.id != expected {
@@ -513,7 +547,16 @@ fn post_processor(
                             let place = format!("{place}.special_tokens");
                             return Err(invalid(place, "ids of the vocabulary", unknown.to_string()));
                         }
-                        sides[usize::from(texts > 0)].extend_from_slice(&token.ids);
+                        let side = &mut sides[usize::from(texts > 0)];
+                        side.extend_from_slice(&token.ids);
+                        if side.len() > MAX_AROUND {
+                            let place = format!("{place}.single");
+                            return Err(invalid(
+                                place,
+                                format!("at most {MAX_AROUND} ids around a text"),
+                                "more",
+                            ));
+                        }
                     }
                 }
             }

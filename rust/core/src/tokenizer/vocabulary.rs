@@ -17,6 +17,9 @@ pub const MAX_ID: u32 = 1 << 24;
 /// Tables are as long as the highest id: this many ids may have no token.
 const MAX_GAPS: usize = 1 << 20;
 
+/// Bytes of a token; real ones have up to some hundreds.
+const MAX_TOKEN_BYTES: usize = 1 << 16;
+
 /// So many slots are looked at for one key, or another seed is taken: a file can be made so that all its tokens collide.
 const MAX_PROBES: usize = 256;
 const SEEDS: u64 = 4;
@@ -340,6 +343,10 @@ impl TokenList {
                 format!("at most {MAX_GAPS} ids without a token"),
                 format!("id {id}"),
             ));
+        }
+        if self.bytes.len() - start > MAX_TOKEN_BYTES {
+            let got = format!("{} bytes with id {id}", self.bytes.len() - start);
+            return Err(invalid(place, format!("tokens of at most {MAX_TOKEN_BYTES} bytes"), got));
         }
         let end = u32::try_from(self.bytes.len())
             .map_err(|_| invalid(place, "less than 4 GiB of tokens", "more"))?;

@@ -21,7 +21,7 @@ use parse::Node;
 pub use parse::Dialect;
 
 /// Memory the compiled automaton may take: a hostile pattern is refused, not compiled for ever.
-const MAX_AUTOMATON_BYTES: usize = 64 << 20;
+const MAX_AUTOMATON_BYTES: usize = 8 << 20;
 const MAX_PATTERN_BYTES: usize = 16 << 10;
 
 /// What a pattern is made of.
