@@ -28,7 +28,7 @@ impl Tokenizer {
             texts[group].iter().map(|text| self.encode(*text, options)).collect()
         };
         let groups = groups(texts);
-        if groups.len() == 1 {
+        if groups.len() == 1 || !in_pool() {
             return encode(0..texts.len());
         }
         let rows = groups.into_par_iter().map(encode).collect::<Result<Vec<_>>>()?;
@@ -51,7 +51,7 @@ impl Tokenizer {
             Ok(flat)
         };
         let groups = groups(texts);
-        if groups.len() == 1 || rayon::current_num_threads() == 1 {
+        if groups.len() == 1 || !in_pool() {
             return encode(0..texts.len());
         }
         let parts = groups.into_par_iter().map(encode).collect::<Result<Vec<_>>>()?;
@@ -67,6 +67,11 @@ impl Tokenizer {
         }
         Ok(flat)
     }
+}
+
+/// Whether this is a thread of a pool, which others can help.
+fn in_pool() -> bool {
+    rayon::current_thread_index().is_some()
 }
 
 /// Neighbouring texts that are encoded together; at least one group.

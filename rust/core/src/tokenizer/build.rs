@@ -22,7 +22,7 @@ pub fn tokenizer(
 ) -> Result<Tokenizer> {
     let json = serde_json::to_vec(settings)
         .map_err(|error| invalid(place, "settings that can be written", error.to_string()))?;
-    let image = Image::new(&json, &vocabulary, merges, place)?;
+    let image = Image::new(&json, &vocabulary, merges);
     drop(vocabulary);
     Tokenizer::from_image(image, place)
 }

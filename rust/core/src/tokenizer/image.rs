@@ -12,7 +12,7 @@ use std::io::Write;
 use std::path::Path;
 
 use bytemuck::{AnyBitPattern, NoUninit, Pod, Zeroable};
-use memmap2::{Mmap, MmapMut};
+use memmap2::Mmap;
 use self_cell::self_cell;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -65,8 +65,10 @@ struct Header {
 /// Where the checksum begins.
 const CHECKED_FROM: usize = 24;
 
-/// What sections are aligned to: a cache line.
-const ALIGNMENT: usize = 64;
+/// A cache line: what sections are aligned to.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
 
 /// The block.
 pub enum Image {
@@ -78,31 +80,13 @@ pub enum Image {
 
 /// Memory and the number of bytes used.
 pub struct Owned {
-    memory: MmapMut,
+    lines: Vec<Line>,
     len: usize,
-}
-
-impl Owned {
-    /// Zeros, in large pages where the system has some: the tables are read here and there, and small pages would cost a
-    /// second look-up for many of the reads.
-    fn zeroed(len: usize, place: &str) -> Result<Self> {
-        let memory = MmapMut::map_anon(len.max(1))
-            .map_err(|source| TokenizerError::Io { path: place.to_owned(), source })?;
-        #[cfg(target_os = "linux")]
-        // That there are none is no error.
-        let _ = memory.advise(memmap2::Advice::HugePage);
-        Ok(Self { memory, len })
-    }
 }
 
 impl Image {
     /// Lays out tables and settings, which are JSON.
-    pub fn new(
-        settings: &[u8],
-        vocabulary: &VocabularyTables,
-        merges: &MergesTables,
-        place: &str,
-    ) -> Result<Self> {
+    pub fn new(settings: &[u8], vocabulary: &VocabularyTables, merges: &MergesTables) -> Self {
         let seeds = [vocabulary.seed, merges.seed];
         let mut parts: [&[u8]; SECTIONS] = [&[]; SECTIONS];
         let mut put = |section: Section, bytes| parts[section as usize] = bytes;
@@ -122,15 +106,15 @@ impl Image {
         put(Section::Parts, bytemuck::cast_slice(&merges.parts));
         put(Section::ByteIds, bytemuck::cast_slice(&merges.byte_ids));
         put(Section::Crossings, bytemuck::cast_slice(&merges.crossings));
-        let aligned = |len: usize| len.next_multiple_of(ALIGNMENT);
+        let aligned = |len: usize| len.next_multiple_of(size_of::<Line>());
         let mut end = aligned(size_of::<Header>());
         let sections = parts.map(|part| {
             let start = end;
             end = aligned(start + part.len());
             [start as u64, part.len() as u64]
         });
-        let mut owned = Owned::zeroed(end, place)?;
-        let block = &mut owned.memory[..];
+        let mut lines = vec![Line::zeroed(); end / size_of::<Line>()];
+        let block: &mut [u8] = bytemuck::cast_slice_mut(&mut lines);
         for (part, [start, len]) in parts.iter().zip(sections) {
             block[start as usize..][..len as usize].copy_from_slice(part);
         }
@@ -145,7 +129,7 @@ impl Image {
         block[..size_of::<Header>()].copy_from_slice(bytemuck::bytes_of(&header));
         header.checksum = xxh3_64(&block[CHECKED_FROM..]);
         block[..size_of::<Header>()].copy_from_slice(bytemuck::bytes_of(&header));
-        Ok(Self::Owned(owned))
+        Self::Owned(Owned { lines, len: end })
     }
 
     /// Maps a file.
@@ -164,16 +148,16 @@ impl Image {
     }
 
     /// Copies bytes that a file or a pickle held.
-    pub fn copy(bytes: &[u8], place: &str) -> Result<Self> {
-        let mut owned = Owned::zeroed(bytes.len(), place)?;
-        owned.memory[..bytes.len()].copy_from_slice(bytes);
-        Ok(Self::Owned(owned))
+    pub fn copy(bytes: &[u8]) -> Self {
+        let mut lines = vec![Line::zeroed(); bytes.len().div_ceil(size_of::<Line>())];
+        bytemuck::cast_slice_mut(&mut lines)[..bytes.len()].copy_from_slice(bytes);
+        Self::Owned(Owned { lines, len: bytes.len() })
     }
 
     /// The whole block: the contents of a cache file.
     pub fn bytes(&self) -> &[u8] {
         match self {
-            Self::Owned(owned) => &owned.memory[..owned.len],
+            Self::Owned(owned) => &bytemuck::cast_slice(&owned.lines)[..owned.len],
             Self::Mapped(map) => map,
         }
     }

@@ -8,9 +8,9 @@ use bytemuck::{Zeroable, allocation::zeroed_vec};
 use crate::tokenizer::key::{Key, place, window};
 
 /// Sets of two short entries, 64 bytes each.
-const SHORT_SETS: usize = 65536;
+const SHORT_SETS: usize = 32768;
 /// Long entries, 64 bytes each.
-const LONG_ENTRIES: usize = 32768;
+const LONG_ENTRIES: usize = 16384;
 
 /// The longest piece that is kept.
 pub const LONGEST: usize = 32;
@@ -127,6 +127,6 @@ mod tests {
 
     #[test]
     fn the_tables_are_as_large_as_stated() {
-        assert_eq!(BYTES, 6 << 20);
+        assert_eq!(BYTES, 3072 << 10);
     }
 }
