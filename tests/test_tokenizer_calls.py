@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import random
@@ -107,7 +108,7 @@ def test_truncation_goes_to_the_last_token_that_fits() -> None:
 def test_one_buffer_holds_what_the_lists_hold(texts: list[str]) -> None:
     ids, row_offsets = OURS.encode_batch_flat(texts, allowed_special="all")
     assert (ids.dtype, row_offsets.dtype) == (np.uint32, np.int64)
-    rows = [ids[a:b].tolist() for a, b in zip(row_offsets, row_offsets[1:], strict=False)]
+    rows = [ids[a:b].tolist() for a, b in itertools.pairwise(row_offsets)]
     assert rows == OURS.encode_batch(texts, allowed_special="all")
     assert (row_offsets[0], row_offsets[-1], len(row_offsets)) == (0, len(ids), len(texts) + 1)
 
