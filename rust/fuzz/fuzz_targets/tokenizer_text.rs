@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use std::sync::LazyLock;
 
 use arbitrary::Arbitrary;
-use heedful_core::tokenizer::{AllowedSpecial, Tokenizer};
+use heedful_core::tokenizer::{AllowedSpecial, Tokenizer, Unit};
 use heedful_fuzz::{check_decoding, options, tokenizers};
 use libfuzzer_sys::fuzz_target;
 
@@ -34,8 +34,11 @@ fuzz_target!(|input: Input<'_>| {
         1 => AllowedSpecial::All,
         _ => AllowedSpecial::These(&one),
     };
-    let ids = tokenizer.encode(&text, options(allowed, false)).expect("any text encodes");
-    assert_eq!(tokenizer.decode(&ids, false), text);
+    let ids = tokenizer.encode(&*text, options(allowed, false)).expect("any text encodes");
+    assert_eq!(tokenizer.decode(&ids, false).as_deref(), Ok(&*text));
+    let (same, offsets) =
+        tokenizer.encode_with_offsets(&text, options(allowed, false), Unit::Byte).expect("any text encodes");
+    assert_eq!((same, offsets.last().map_or(0, |last| last[1] as usize)), (ids.clone(), text.len()));
     check_decoding(tokenizer, &ids, input.skip_special_tokens);
     if matches!(allowed, AllowedSpecial::None) {
         assert!(tokenizer.added_tokens().all(|token| !ids.contains(&token.id)), "a forged token in {text:?}");

@@ -141,11 +141,12 @@ pub fn options(allowed_special: AllowedSpecial<'_>, add_special_tokens: bool) ->
 /// # Panics
 /// When they do not.
 pub fn check_decoding(tokenizer: &Tokenizer, ids: &[u32], skip_special_tokens: bool) {
-    let whole = tokenizer.decode(ids, skip_special_tokens);
+    let whole = tokenizer.decode(ids, skip_special_tokens).expect("ids of 32 bits");
     let mut stream = TokenStream::new(skip_special_tokens);
-    let mut streamed: String = ids.iter().map(|&id| stream.push(tokenizer, id)).collect();
-    streamed.push_str(&stream.flush());
+    let mut streamed = String::new();
+    ids.iter().for_each(|&id| streamed.push_str(stream.push(tokenizer, id).text()));
+    streamed.push_str(stream.flush());
     assert_eq!(streamed, whole, "a stream of {ids:?}");
-    let bytes = tokenizer.decode_bytes(ids, skip_special_tokens);
+    let bytes = tokenizer.decode_bytes(ids, skip_special_tokens).expect("ids of 32 bits");
     assert_eq!(String::from_utf8_lossy(&bytes), whole, "the bytes of {ids:?}");
 }
