@@ -18,6 +18,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::tokenizer::bpe::Bpe;
 use crate::tokenizer::error::{Result, TokenizerError, invalid};
+use crate::tokenizer::file::open;
 use crate::tokenizer::key::{Filter, Hasher};
 use crate::tokenizer::merges::{Merges, MergesTables};
 use crate::tokenizer::vocabulary::{Vocabulary, VocabularyTables};
@@ -134,16 +135,11 @@ impl Image {
 
     /// Maps a file.
     pub fn map(path: &Path) -> Result<Self> {
-        let shown = path.display().to_string();
-        let io = |source| TokenizerError::Io { path: shown.clone(), source };
-        let file = File::open(path).map_err(io)?;
-        let metadata = file.metadata().map_err(io)?;
-        if !metadata.is_file() {
-            return Err(invalid(shown, "a file", "something else"));
-        }
+        let (file, _) = open(path)?;
         // SAFETY: the mapping is read-only and private. Another process that shortens or rewrites the file while it is mapped
         // breaks the promise that memory does not change; `save` therefore replaces files and never rewrites them.
-        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+        let map = unsafe { Mmap::map(&file) }
+            .map_err(|source| TokenizerError::Io { path: path.display().to_string(), source })?;
         Ok(Self::Mapped(map))
     }
 
