@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::tokenizer::encode::in_pool;
 use crate::tokenizer::error::Result;
 use crate::tokenizer::tokenizer::{EncodeOptions, Text, Tokenizer};
 
@@ -67,11 +68,6 @@ impl Tokenizer {
         }
         Ok(flat)
     }
-}
-
-/// Whether this is a thread of a pool, which others can help.
-fn in_pool() -> bool {
-    rayon::current_thread_index().is_some()
 }
 
 /// Neighbouring texts that are encoded together; at least one group.

@@ -29,7 +29,7 @@ impl Tokenizer {
             self.pre_tokenizer().split(patterns, text, &mut |piece, _| encoder.piece(piece.as_bytes(), out));
             return;
         };
-        if text.len() < PARALLEL_BYTES || rayon::current_thread_index().is_none() {
+        if text.len() < PARALLEL_BYTES || !in_pool() {
             return encode_scanned(*self.bpe(), scanner, text, scratch, out);
         }
         let encoded: Vec<Vec<u32>> = parts(scanner, text)
@@ -45,6 +45,11 @@ impl Tokenizer {
         out.reserve(encoded.iter().map(Vec::len).sum());
         encoded.iter().for_each(|ids| out.extend_from_slice(ids));
     }
+}
+
+/// Whether this is a thread of a pool, which others can help.
+pub(super) fn in_pool() -> bool {
+    rayon::current_thread_index().is_some()
 }
 
 /// Parts of a text that can be encoded apart from each other.

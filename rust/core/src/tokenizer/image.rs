@@ -196,10 +196,16 @@ impl Image {
         if header.len != bytes.len() as u64 {
             return refuse("a whole file", format!("{} bytes of {}", bytes.len(), header.len));
         }
-        if xxh3_64(&bytes[CHECKED_FROM..]) != header.checksum {
-            return refuse("an undamaged file", "another checksum".into());
-        }
         Ok(header)
+    }
+
+    /// The header of a block that is undamaged.
+    fn checked_header(&self, place: &str) -> Result<Header> {
+        let header = self.header(place)?;
+        if xxh3_64(&self.bytes()[CHECKED_FROM..]) == header.checksum {
+            return Ok(header);
+        }
+        Err(invalid(place, "an undamaged file", "another checksum"))
     }
 
     fn section<T: AnyBitPattern + NoUninit>(
@@ -215,14 +221,9 @@ impl Image {
         })
     }
 
-    /// The settings, which are JSON.
-    pub fn settings(&self, place: &str) -> Result<&[u8]> {
-        self.section(&self.header(place)?, Section::Settings, place)
-    }
-
     /// The tables, if they fit each other.
     fn bpe(&self, place: &str) -> Result<Bpe<'_>> {
-        let header = self.header(place)?;
+        let header = self.checked_header(place)?;
         let seeds: &[u64] = self.section(&header, Section::Seeds, place)?;
         let &[vocabulary_seed, merges_seed] = seeds else {
             return Err(invalid(place, "two seeds", seeds.len().to_string()));
@@ -275,6 +276,12 @@ impl Compiled {
     #[inline]
     pub fn bpe(&self) -> &Bpe<'_> {
         self.0.borrow_dependent()
+    }
+
+    /// The settings, which are JSON.
+    pub fn settings(&self, place: &str) -> Result<&[u8]> {
+        let image = self.image();
+        image.section(&image.header(place)?, Section::Settings, place)
     }
 
     /// The block of memory.

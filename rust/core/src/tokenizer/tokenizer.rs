@@ -95,7 +95,8 @@ pub(super) struct Place {
 impl Tokenizer {
     /// From a compiled form; `place` names it in errors.
     pub(super) fn from_image(image: Image, place: &str) -> Result<Self> {
-        let settings: Settings = serde_json::from_slice(image.settings(place)?)
+        let compiled = Compiled::new(image, place)?;
+        let settings: Settings = serde_json::from_slice(compiled.settings(place)?)
             .map_err(|error| invalid(place, "the settings of a tokenizer", error.to_string()))?;
         let steps = settings
             .steps
@@ -106,7 +107,7 @@ impl Tokenizer {
         let added_tokens =
             AddedTokens::new(settings.added_tokens.clone(), |text| normalizer.apply(text).into_owned())?;
         Ok(Self {
-            compiled: Compiled::new(image, place)?,
+            compiled,
             scanner: Scanner::recognise(&steps),
             pre_tokenizer: PreTokenizer { steps },
             added_tokens,
