@@ -13,6 +13,7 @@ mod token_ids;
 mod token_stream;
 mod token_texts;
 mod tokenizer;
+mod utf8;
 
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -9,6 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString};
 
 use crate::arguments::described;
+use crate::utf8::utf8;
 
 /// The argument `allowed_special`.
 pub enum Allowed {
@@ -113,8 +114,8 @@ pub fn unicode_only<'a>(name: &str, value: &'a Bound<'_, PyAny>, errors: Errors)
 /// The text; None for bytes that are not UTF-8 where these are wanted as they are.
 fn unicode<'a>(name: &str, value: &'a Bound<'_, PyAny>, errors: Errors) -> PyResult<Option<Cow<'a, str>>> {
     if let Ok(text) = value.cast::<PyString>() {
-        return match text.to_str() {
-            Ok(text) => Ok(Some(Cow::Borrowed(text))),
+        return match utf8(text) {
+            Ok(text) => Ok(Some(text)),
             Err(_) if errors == Errors::Replace => {
                 // A lone surrogate, which only such strings of Python hold.
                 Ok(Some(Cow::Owned(text.to_string_lossy().into_owned())))

@@ -12,15 +12,12 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use bytemuck::Zeroable;
-
-use crate::tokenizer::merges::{Merges, Pair};
+use crate::tokenizer::join::{FEW, Join};
+use crate::tokenizer::merges::Merges;
 use crate::tokenizer::vocabulary::Vocabulary;
 
-/// So many symbols are joined by looking through all ranks again and again.
-const FEW: usize = 64;
-/// So many of them are looked at together.
-const GROUP: usize = 4;
+/// So many pieces are joined side by side.
+pub const WAYS: usize = 8;
 /// Bytes that are looked at together in a long piece, and those at their end whose tokens may be others in the piece.
 const WINDOW: usize = 48;
 const UNSURE: usize = 12;
@@ -28,45 +25,18 @@ const UNSURE: usize = 12;
 const LONG_TOKEN: usize = 8;
 /// Bytes a window that a piece must get on by; real text gets on by nearly a window's.
 const MIN_PROGRESS: usize = 12;
-/// Behind every pair that can be joined.
-const LAST: i32 = i32::MAX;
 const NO_RANK: u32 = u32::MAX;
 const END: u32 = u32::MAX;
 
 /// Steps a byte that the walk may take; real text needs less than one.
 const MAX_STEPS: usize = 8;
 
-/// A few symbols, the order of each with the next and what they become, and what is looked up.
-struct Few {
-    ids: [u32; FEW],
-    order: [i32; FEW],
-    made: [u32; FEW],
-    hashes: [u64; FEW],
-    maybe: [(u32, Pair); FEW],
-}
-
-impl Default for Few {
-    fn default() -> Self {
-        Self {
-            ids: [0; FEW],
-            order: [0; FEW],
-            made: [0; FEW],
-            hashes: [0; FEW],
-            maybe: [(0, Pair::zeroed()); FEW],
-        }
-    }
-}
-
-/// Ranks are below 2^24, so that rank and place fit an i32, whose least of several every machine finds quickly.
-#[inline]
-fn in_order(pair: Pair, at: usize) -> i32 {
-    (pair.rank as i32) << FEW.ilog2() | at as i32
-}
-
 /// Working memory: a few symbols, or those of a long piece as a doubly linked list, and the dead ends of a walk.
 #[derive(Default)]
 pub struct Scratch {
-    few: Box<Few>,
+    few: Box<Join>,
+    /// Of pieces that are joined side by side.
+    pub joins: Box<[Join; WAYS]>,
     ids: Vec<u32>,
     ranks: Vec<u32>,
     next: Vec<u32>,
@@ -94,20 +64,11 @@ pub struct Bpe<'i> {
 }
 
 impl Bpe<'_> {
-    /// Appends the ids of one piece, which is not empty.
-    #[inline]
-    pub fn encode(&self, piece: &[u8], scratch: &mut Scratch, out: &mut Vec<u32>) {
-        match self.vocabulary.piece(piece) {
-            Some(id) => out.push(id),
-            None => self.merge(piece, scratch, out),
-        }
-    }
-
     /// Appends the ids that merges make of a piece.
     pub fn merge(&self, piece: &[u8], scratch: &mut Scratch, out: &mut Vec<u32>) {
         let before = out.len();
         if let Some(count) = self.symbols(piece, &mut scratch.few.ids) {
-            return self.join_few(&mut scratch.few, count, out);
+            return scratch.few.run(&self.merges, count, out);
         }
         if self.merges.are_ordered() {
             if self.glide(piece, &mut scratch.few, out) {
@@ -124,7 +85,7 @@ impl Bpe<'_> {
 
     /// Window by window: the tokens of each, but for those its end may have cut short, are kept where they are compatible
     /// with those before. False, with something appended, where a walk does better.
-    fn glide(&self, piece: &[u8], few: &mut Few, out: &mut Vec<u32>) -> bool {
+    fn glide(&self, piece: &[u8], few: &mut Join, out: &mut Vec<u32>) -> bool {
         let before = out.len();
         let len = |id: u32| self.vocabulary.bytes(id).len();
         let mut at = 0;
@@ -135,7 +96,7 @@ impl Bpe<'_> {
             let end = (at + WINDOW).min(piece.len());
             let Some(count) = self.symbols(&piece[at..end], &mut few.ids) else { return false };
             let first = out.len();
-            self.join_few(few, count, out);
+            few.run(&self.merges, count, out);
             if first > before && !self.merges.compatible(out[first - 1], out[first], NO_RANK) {
                 out.truncate(first);
                 let Some(id) = out.pop() else { return false };
@@ -158,7 +119,7 @@ impl Bpe<'_> {
     /// What merging can begin with: the piece's characters where each becomes one token before anything happens at its
     /// borders, and bytes elsewhere. None if that is more than `symbols` can hold.
     #[inline]
-    fn symbols(&self, piece: &[u8], symbols: &mut [u32; FEW]) -> Option<usize> {
+    pub fn symbols(&self, piece: &[u8], symbols: &mut [u32; FEW]) -> Option<usize> {
         if !self.merges.are_ordered() || piece.is_ascii() {
             return self.byte_symbols(piece, symbols);
         }
@@ -196,65 +157,6 @@ impl Bpe<'_> {
             *symbol = self.merges.byte_id(byte);
         }
         Some(piece.len())
-    }
-
-    /// By the definition, for a few symbols. A bit of `alive` is a symbol that is still there; the order of a pair is its
-    /// rank and, behind it, its place.
-    fn join_few(&self, few: &mut Few, count: usize, out: &mut Vec<u32>) {
-        let Few { ids, order, made, hashes, maybe } = few;
-        // The tables are larger than the nearest caches. What to look up is gathered first and looked up without a branch
-        // between, so that the processor waits once and not for each.
-        let mut found = 0;
-        for at in 1..count {
-            hashes[at - 1] = self.merges.hasher.pair(ids[at - 1], ids[at]);
-            maybe[found].0 = at as u32 - 1;
-            found += usize::from(self.merges.filter.has(hashes[at - 1]));
-        }
-        let groups = count.div_ceil(GROUP);
-        order[..groups * GROUP].fill(LAST);
-        for (at, pair) in &mut maybe[..found] {
-            *pair = self.merges.first(hashes[*at as usize]);
-        }
-        for (at, first) in &maybe[..found] {
-            let at = *at as usize;
-            if let Some(pair) = self.merges.find_from(*first, hashes[at], ids[at], ids[at + 1]) {
-                (order[at], made[at]) = (in_order(pair, at), pair.id);
-            }
-        }
-        let mut alive = u64::MAX >> (FEW - count);
-        loop {
-            let mut firsts = [LAST; GROUP];
-            for group in order[..groups * GROUP].chunks_exact(GROUP) {
-                firsts.iter_mut().zip(group).for_each(|(first, &other)| *first = (*first).min(other));
-            }
-            let first = firsts.into_iter().fold(LAST, i32::min);
-            if first == LAST {
-                break;
-            }
-            let at = first as usize % FEW;
-            ids[at] = made[at];
-            let behind = alive & (u64::MAX - 1) << at; // the first of them is what was joined
-            alive &= !(behind & behind.wrapping_neg());
-            order[behind.trailing_zeros() as usize] = LAST;
-            let behind = alive & (u64::MAX - 1) << at;
-            let before = alive & ((1 << at) - 1);
-            let mut look = |left: usize, right: usize| {
-                let pair = self.merges.find(ids[left], ids[right]);
-                (order[left], made[left]) = pair.map_or((LAST, 0), |pair| (in_order(pair, left), pair.id));
-            };
-            if before != 0 {
-                look(before.ilog2() as usize, at);
-            }
-            if behind != 0 {
-                look(at, behind.trailing_zeros() as usize);
-            } else {
-                order[at] = LAST;
-            }
-        }
-        while alive != 0 {
-            out.push(ids[alive.trailing_zeros() as usize]);
-            alive &= alive - 1;
-        }
     }
 
     /// From left to right; false, with something appended, if that took too many steps.
@@ -406,8 +308,12 @@ mod tests {
         }
 
         fn encode(&self, piece: &[u8]) -> Vec<u32> {
+            let bpe = self.bpe();
+            if let Some(id) = bpe.vocabulary.piece(piece, bpe.vocabulary.hasher.bytes(piece)) {
+                return vec![id];
+            }
             let mut ids = vec![7];
-            self.bpe().encode(piece, &mut Scratch::default(), &mut ids);
+            bpe.merge(piece, &mut Scratch::default(), &mut ids);
             ids.split_off(1)
         }
 

@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::tokenizer::bpe::{self, Bpe};
+use crate::tokenizer::bpe::{self, Bpe, WAYS};
 use crate::tokenizer::key::{Key, SHORT, window};
-use crate::tokenizer::piece_cache::{LONGEST, PieceCache};
-use crate::tokenizer::scan::{BATCH, Scanner};
+use crate::tokenizer::piece_cache::{MOST_IDS, PieceCache};
+use crate::tokenizer::scan::{Leaf, Scanner, Work};
 use crate::tokenizer::scratch::Scratch;
 use crate::tokenizer::tokenizer::Tokenizer;
 
@@ -71,46 +71,124 @@ fn parts(scanner: Scanner, text: &str) -> Vec<Range<usize>> {
     parts
 }
 
+/// Pieces that are looked at together; what they ask for fits the nearest cache.
+const TOGETHER: usize = 256;
+
 /// The ids of the pieces that a scanner finds.
+///
+/// The tables are larger than the nearest caches, so pieces are taken many at a time: first all ask for where the cache may
+/// have them, then those that are there are copied, then the others are encoded side by side.
 fn encode_scanned(bpe: Bpe<'_>, scanner: Scanner, text: &str, scratch: &mut Scratch, out: &mut Vec<u32>) {
-    let Scratch { pieces, bpe: memory, ends, ids, .. } = scratch;
-    let mut encoder = Encoder { bpe, pieces, memory };
-    let bytes = text.as_bytes();
-    let mut cursor = scanner.cursor(text);
-    let mut start = 0;
-    // Room for all short pieces of a batch; each writes a whole entry and counts what of it is its own.
-    ids.resize(BATCH * 3, 0);
-    loop {
-        let found = cursor.fill(ends);
-        if found == 0 {
-            return;
-        }
-        let mut staged = 0;
-        for &end in &ends[..found] {
-            let end = end as usize;
-            let len = end - start;
-            if len <= SHORT {
-                let key = Key::new(window(bytes, start), len);
-                let hash = bpe.vocabulary.hasher.key(key);
-                if let Some(entry) = encoder.pieces.short(key, hash)
-                    && let Some(room) = ids.get_mut(staged..staged + 3)
-                {
-                    room.copy_from_slice(&entry.ids);
-                    staged += entry.count as usize;
+    scanner.run(EncodeScanned { bpe, scanner, text, scratch, out });
+}
+
+struct EncodeScanned<'a> {
+    bpe: Bpe<'a>,
+    scanner: Scanner,
+    text: &'a str,
+    scratch: &'a mut Scratch,
+    out: &'a mut Vec<u32>,
+}
+
+impl Work for EncodeScanned<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Leaf>(self) {
+        let Self { bpe, scanner, text, scratch, out } = self;
+        let Scratch { pieces, bpe: memory, ends, ids, misses, .. } = scratch;
+        let mut encoder = Encoder { bpe, pieces, memory };
+        let bytes = text.as_bytes();
+        let mut cursor = scanner.cursor(text);
+        let mut start = 0;
+        let mut hashes = [0; TOGETHER];
+        // Each piece writes a whole entry and counts what of it is its own.
+        ids.resize(TOGETHER * MOST_IDS, 0);
+        loop {
+            let found = cursor.fill(ends);
+            if found == 0 {
+                return;
+            }
+            for ends in ends[..found].chunks(TOGETHER) {
+                let mut at = start;
+                for (&end, hash) in ends.iter().zip(&mut hashes) {
+                    let len = end as usize - at;
+                    *hash = if len <= SHORT {
+                        bpe.vocabulary.hasher.key(Key::new(window(bytes, at), len))
+                    } else {
+                        bpe.vocabulary.hasher.bytes(&bytes[at..end as usize])
+                    };
+                    encoder.pieces.ask(len, *hash);
+                    at = end as usize;
+                }
+                let mut staged = 0;
+                for (&end, &hash) in ends.iter().zip(&hashes) {
+                    let end = end as usize;
+                    let len = end - start;
+                    if len <= SHORT
+                        && let Some(entry) = encoder.pieces.short(Key::new(window(bytes, start), len), hash)
+                        && let Some(room) = ids.get_mut(staged..staged + 3)
+                    {
+                        room.copy_from_slice(&entry.ids);
+                        staged += entry.count as usize;
+                    } else if len > SHORT
+                        && let Some(entry) = encoder.pieces.long(&bytes[start..end], hash)
+                        && let Some(room) = ids.get_mut(staged..staged + entry.len())
+                    {
+                        room.copy_from_slice(entry);
+                        staged += entry.len();
+                    } else {
+                        misses.list.push(Miss {
+                            piece: start as u32..end as u32,
+                            hash,
+                            before: staged as u32,
+                            ids: 0..0,
+                        });
+                    }
                     start = end;
+                }
+                if misses.list.is_empty() {
+                    out.extend_from_slice(&ids[..staged]);
                     continue;
                 }
-                out.extend_from_slice(&ids[..staged]);
-                staged = 0;
-                encoder.new_short(&bytes[start..end], key, hash, out);
-            } else {
-                out.extend_from_slice(&ids[..staged]);
-                staged = 0;
-                encoder.long(&bytes[start..end], out);
+                encoder.misses(bytes, misses);
+                let mut copied = 0;
+                for miss in misses.list.drain(..) {
+                    out.extend_from_slice(&ids[copied..miss.before as usize]);
+                    copied = miss.before as usize;
+                    out.extend_from_slice(&misses.ids[miss.ids.start as usize..miss.ids.end as usize]);
+                }
+                misses.ids.clear();
+                out.extend_from_slice(&ids[copied..staged]);
             }
-            start = end;
         }
-        out.extend_from_slice(&ids[..staged]);
+    }
+}
+
+/// A piece that the cache does not have.
+struct Miss {
+    /// Where it lies in the text.
+    piece: Range<u32>,
+    hash: u64,
+    /// The ids from the cache that come before it.
+    before: u32,
+    /// Where its ids lie in [`Misses::ids`].
+    ids: Range<u32>,
+}
+
+/// Pieces that the cache does not have, and their ids.
+#[derive(Default)]
+pub struct Misses {
+    list: Vec<Miss>,
+    ids: Vec<u32>,
+}
+
+impl Misses {
+    /// Gives back what an unusually long piece took.
+    pub fn shrink(&mut self, ids: usize) {
+        if self.ids.capacity() > ids {
+            self.ids = Vec::new();
+        }
     }
 }
 
@@ -125,42 +203,92 @@ impl Encoder<'_> {
     /// Appends the ids of a piece that is not empty.
     #[inline]
     pub fn piece(&mut self, piece: &[u8], out: &mut Vec<u32>) {
-        if piece.len() > SHORT {
-            return self.long(piece, out);
-        }
-        let key = Key::new(window(piece, 0), piece.len());
-        let hash = self.bpe.vocabulary.hasher.key(key);
-        match self.pieces.short(key, hash) {
-            Some(entry) => out.extend_from_slice(&entry.ids[..entry.count as usize]),
-            None => self.new_short(piece, key, hash, out),
-        }
-    }
-
-    /// A piece of up to 15 bytes that the cache does not have.
-    fn new_short(&mut self, piece: &[u8], key: Key, hash: u64, out: &mut Vec<u32>) {
-        let before = out.len();
-        if let Some(id) = self.bpe.vocabulary.piece_of_key(key, hash) {
-            out.push(id);
-        } else if let Some(ids) = self.pieces.long(piece, hash) {
-            return out.extend_from_slice(ids);
-        } else {
-            self.bpe.merge(piece, self.memory, out);
-        }
-        if !self.pieces.keep_short(key, hash, &out[before..]) {
-            self.pieces.keep_long(piece, hash, &out[before..]);
-        }
-    }
-
-    fn long(&mut self, piece: &[u8], out: &mut Vec<u32>) {
-        if piece.len() > LONGEST {
-            return self.bpe.encode(piece, self.memory, out);
-        }
         let hash = self.bpe.vocabulary.hasher.bytes(piece);
-        if let Some(ids) = self.pieces.long(piece, hash) {
-            return out.extend_from_slice(ids);
-        }
         let before = out.len();
-        self.bpe.encode(piece, self.memory, out);
-        self.pieces.keep_long(piece, hash, &out[before..]);
+        if piece.len() <= SHORT
+            && let Some(entry) = self.pieces.short(Key::new(window(piece, 0), piece.len()), hash)
+        {
+            out.extend_from_slice(&entry.ids[..entry.count as usize]);
+        } else if !self.known(piece, hash, out) {
+            self.bpe.merge(piece, self.memory, out);
+            self.pieces.keep(piece, hash, &out[before..]);
+        }
+    }
+
+    /// Appends the ids of a piece that is a token or that the cache of long pieces has; false if neither.
+    #[inline]
+    fn known(&mut self, piece: &[u8], hash: u64, out: &mut Vec<u32>) -> bool {
+        if let Some(id) = self.bpe.vocabulary.piece(piece, hash) {
+            out.push(id);
+            self.pieces.keep(piece, hash, &[id]);
+        } else if let Some(ids) = self.pieces.long(piece, hash) {
+            out.extend_from_slice(ids);
+        } else {
+            return false;
+        }
+        true
+    }
+
+    /// Finds the ids of all misses, several pieces at a time.
+    #[inline(always)]
+    fn misses(&mut self, text: &[u8], misses: &mut Misses) {
+        let Misses { list, ids } = misses;
+        for miss in &*list {
+            self.bpe.vocabulary.ask(miss.hash);
+            self.pieces.ask_long(miss.hash);
+        }
+        let mut rest = list.iter_mut();
+        let mut working = [const { None }; WAYS];
+        loop {
+            let mut idle = true;
+            for way in 0..WAYS {
+                let miss = match working[way].take() {
+                    Some(miss) => miss,
+                    None => match self.start(text, &mut rest, way, ids) {
+                        Some(miss) => miss,
+                        None => continue,
+                    },
+                };
+                idle = false;
+                if self.memory.joins[way].step(&self.bpe.merges) {
+                    working[way] = Some(miss);
+                } else {
+                    let before = ids.len();
+                    self.memory.joins[way].finish(ids);
+                    miss.ids = before as u32..ids.len() as u32;
+                    let piece = &text[miss.piece.start as usize..miss.piece.end as usize];
+                    self.pieces.keep(piece, miss.hash, &ids[before..]);
+                }
+            }
+            if idle {
+                return;
+            }
+        }
+    }
+
+    /// Begins to join the next miss that asks for it, and appends the ids of those before it.
+    #[inline(always)]
+    fn start<'m>(
+        &mut self,
+        text: &[u8],
+        rest: &mut std::slice::IterMut<'m, Miss>,
+        way: usize,
+        ids: &mut Vec<u32>,
+    ) -> Option<&'m mut Miss> {
+        for miss in rest {
+            let piece = &text[miss.piece.start as usize..miss.piece.end as usize];
+            let before = ids.len();
+            if !self.known(piece, miss.hash, ids) {
+                let join = &mut self.memory.joins[way];
+                if let Some(count) = self.bpe.symbols(piece, &mut join.ids) {
+                    join.begin(&self.bpe.merges, count);
+                    return Some(miss);
+                }
+                self.bpe.merge(piece, self.memory, ids);
+                self.pieces.keep(piece, miss.hash, &ids[before..]);
+            }
+            miss.ids = before as u32..ids.len() as u32;
+        }
+        None
     }
 }

@@ -42,10 +42,13 @@ impl Key {
         Self { low: bytes as u64, high: (bytes >> 64) as u64 }
     }
 
-    /// The key of more bytes than fit: their hash and length, which two may share.
+    /// The key of bytes with this hash; of more than fit, it is their hash and length, which two may share.
     #[inline]
-    pub fn of_long(hash: u64, len: usize) -> Self {
-        Self { low: hash, high: 0xFF << 56 | len as u64 }
+    pub fn of(bytes: &[u8], hash: u64) -> Self {
+        match bytes.len() {
+            len @ ..=SHORT => Self::new(window(bytes, 0), len),
+            len => Self { low: hash, high: 0xFF << 56 | len as u64 },
+        }
     }
 }
 
@@ -95,8 +98,7 @@ impl Hasher {
     #[inline]
     pub fn key_and_hash(self, bytes: &[u8]) -> (Key, u64) {
         let hash = self.bytes(bytes);
-        let short = bytes.len() <= SHORT;
-        (if short { Key::new(window(bytes, 0), bytes.len()) } else { Key::of_long(hash, bytes.len()) }, hash)
+        (Key::of(bytes, hash), hash)
     }
 
     /// The hash of bytes of any length; of those that fit a key, the key's.

@@ -6,6 +6,7 @@
 
 use rayon::prelude::*;
 
+use crate::prefetch::prefetch;
 use crate::tokenizer::error::{Result, invalid};
 use crate::tokenizer::key::{Filter, Hasher, place};
 use crate::tokenizer::vocabulary::Vocabulary;
@@ -80,21 +81,21 @@ impl Merges<'_> {
     #[inline]
     pub fn find(&self, left: u32, right: u32) -> Option<Pair> {
         let hash = self.hasher.pair(left, right);
-        if self.filter.has(hash) { self.find_from(self.first(hash), hash, left, right) } else { None }
+        if self.filter.has(hash) { self.find_hashed(hash, left, right) } else { None }
     }
 
-    /// The pair where the search for a hash begins.
+    /// Asks for the memory where the search for a hash begins.
     #[inline]
-    pub fn first(&self, hash: u64) -> Pair {
-        self.pairs[place(hash, self.pairs.len())]
+    pub fn ask(&self, hash: u64) {
+        prefetch(&self.pairs[place(hash, self.pairs.len())]);
     }
 
-    /// The merge of two neighbours, whose search begins with `first`.
+    /// The merge of two neighbours with this hash, which the filter has.
     #[inline]
-    pub fn find_from(&self, first: Pair, hash: u64, left: u32, right: u32) -> Option<Pair> {
-        let mut pair = first;
+    pub fn find_hashed(&self, hash: u64, left: u32, right: u32) -> Option<Pair> {
         let mut at = place(hash, self.pairs.len());
         for _ in 0..MAX_PROBES {
+            let pair = self.pairs[at];
             if pair.left == left && pair.right == right {
                 return Some(pair);
             }
@@ -105,7 +106,6 @@ impl Merges<'_> {
             if at == self.pairs.len() {
                 at = 0;
             }
-            pair = self.pairs[at];
         }
         None
     }

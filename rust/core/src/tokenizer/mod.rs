@@ -18,6 +18,7 @@ mod error;
 mod file;
 mod hugging_face;
 mod image;
+mod join;
 mod key;
 mod merges;
 mod normalizer;

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crossbeam_utils::atomic::AtomicCell;
 
 use crate::tokenizer::bpe;
+use crate::tokenizer::encode::Misses;
 use crate::tokenizer::piece_cache::PieceCache;
 use crate::tokenizer::pre_tokenizer::Caches;
 use crate::tokenizer::scan::BATCH;
@@ -33,6 +34,8 @@ pub struct Scratch {
     pub ends: Box<[u32; BATCH]>,
     /// Ids on their way out.
     pub ids: Vec<u32>,
+    /// Pieces that the cache does not have.
+    pub misses: Misses,
     epoch: u64,
 }
 
@@ -63,6 +66,7 @@ impl Pool {
         let mut scratch = (0..TRIES).find_map(|try_| place(try_).take()).unwrap_or_else(|| self.make());
         let result = work(&mut scratch);
         scratch.bpe.shrink(KEPT_SYMBOLS);
+        scratch.misses.shrink(KEPT_SYMBOLS);
         if scratch.epoch == self.epoch.load(Ordering::Acquire) {
             let mut waiting = Some(scratch);
             for try_ in 0..TRIES {
@@ -83,6 +87,7 @@ impl Pool {
             patterns: None,
             ends: Box::new([0; BATCH]),
             ids: Vec::new(),
+            misses: Misses::default(),
             epoch: self.epoch.load(Ordering::Acquire),
         })
     }

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 
 use bytemuck::Zeroable;
 
+use crate::prefetch::prefetch;
 use crate::tokenizer::byte_level;
 use crate::tokenizer::error::{Result, TokenizerError, invalid};
 use crate::tokenizer::key::{Filter, Hasher, Key, SHORT, place, window};
@@ -171,17 +172,18 @@ impl<'i> Vocabulary<'i> {
         self.find(bytes, key, hash, 0)
     }
 
-    /// The token that a piece of these bytes is, if no merge is needed.
+    /// The token that a piece of these bytes and this hash is, if no merge is needed.
     #[inline]
-    pub fn piece(&self, bytes: &[u8]) -> Option<u32> {
-        let (key, hash) = self.hasher.key_and_hash(bytes);
-        if self.filter.has(hash) { self.find(bytes, key, hash, PIECE) } else { None }
+    pub fn piece(&self, bytes: &[u8], hash: u64) -> Option<u32> {
+        if self.filter.has(hash) { self.find(bytes, Key::of(bytes, hash), hash, PIECE) } else { None }
     }
 
-    /// The same for a key and its hash.
+    /// Asks for the memory where a piece of this hash would be.
     #[inline]
-    pub fn piece_of_key(&self, key: Key, hash: u64) -> Option<u32> {
-        if self.filter.has(hash) { self.probe(key, hash, PIECE, |_| true) } else { None }
+    pub fn ask(&self, hash: u64) {
+        if self.filter.has(hash) {
+            prefetch(&self.slots[place(hash, self.slots.len())]);
+        }
     }
 
     /// The token that merges make of a key's bytes.

@@ -79,7 +79,10 @@ impl<R: Rules, const N: usize> Work for Fill<'_, '_, R, N> {
                 self.ends[count] = due;
                 count += 1;
             }
-            count += write(starts, state.base as u32, &mut self.ends[count..]);
+            let room = self.ends[count..].first_chunk_mut().expect("MOST fit");
+            // SAFETY: the caller's promise.
+            unsafe { L::places(starts, state.base as u32, room) };
+            count += starts.count_ones() as usize;
             state.word = next;
             state.base += WORD;
             if state.base >= len {
@@ -90,18 +93,4 @@ impl<R: Rules, const N: usize> Work for Fill<'_, '_, R, N> {
         *self.state = state;
         count
     }
-}
-
-/// Writes `base` plus the place of each bit, in order, and says how many. `out` holds at least 64.
-#[inline(always)]
-fn write(mut mask: u64, base: u32, out: &mut [u32]) -> usize {
-    let count = mask.count_ones() as usize;
-    // Eight at a time without a question; what is written beyond the count is overwritten later.
-    for eight in out.as_chunks_mut::<8>().0.iter_mut().take(count.div_ceil(8)) {
-        for place in eight {
-            *place = base.wrapping_add(mask.trailing_zeros());
-            mask &= mask.wrapping_sub(1);
-        }
-    }
-    count
 }

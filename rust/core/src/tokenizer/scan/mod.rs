@@ -30,6 +30,7 @@ use deepseek::DeepSeek;
 use driver::Driver;
 use gpt2::Gpt2;
 use leaf::Instructions;
+pub(super) use leaf::{Leaf, Work};
 use o200k::O200k;
 
 /// How many ends [`Cursor::fill`] can write.
@@ -58,6 +59,12 @@ impl Scanner {
         // A level that cannot be had is an operator's error, not a tokenizer's: it is answered with the least.
         let level = Level::current().unwrap_or(Level::Portable);
         Some(Self { family, instructions: Instructions::at(level) })
+    }
+
+    /// Runs `work` on the instructions that the scanner runs on.
+    #[inline]
+    pub fn run<W: Work>(&self, work: W) -> W::Output {
+        self.instructions.run(work)
     }
 
     /// A cursor over `text`, which is shorter than 4 GiB - 1.

@@ -30,7 +30,7 @@ pub(in crate::tokenizer::scan) enum Instructions {
 }
 
 /// Work that is compiled for each instruction set. `run` must be `#[inline(always)]`, else it would not see its features.
-pub(in crate::tokenizer::scan) trait Work {
+pub(in crate::tokenizer) trait Work {
     /// What it returns.
     type Output;
     /// # Safety

@@ -9,14 +9,15 @@ mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-pub(super) use dispatch::{Instructions, Work};
+pub(super) use dispatch::Instructions;
+pub(in crate::tokenizer) use dispatch::Work;
 
 /// A block of text.
-pub(super) type Block = [u8; 64];
+pub(in crate::tokenizer) type Block = [u8; 64];
 
 /// The ASCII bytes of a block by kind; no byte is in two of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Ascii {
+pub(in crate::tokenizer) struct Ascii {
     /// A-Z a-z
     pub letter: u64,
     /// 0-9
@@ -37,7 +38,7 @@ pub(super) struct Ascii {
 
 /// What a block's bytes from 0x80 on are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Wide {
+pub(in crate::tokenizer) struct Wide {
     /// 80-BF: not the first byte of a character
     pub tail: u64,
     /// E5-E8
@@ -55,9 +56,11 @@ pub(super) struct Wide {
 /// An instruction set. The methods are unsafe because they may use instructions that only [`Instructions::run`] has
 /// proven to exist.
 #[allow(clippy::missing_safety_doc)]
-pub(super) trait Leaf {
+pub(in crate::tokenizer) trait Leaf {
     unsafe fn ascii(block: &Block) -> Ascii;
     unsafe fn wide(block: &Block) -> Wide;
+    /// Writes `base` plus the place of each bit, in order; what lies behind them in `out` becomes anything.
+    unsafe fn places(mask: u64, base: u32, out: &mut [u32; 64]);
 }
 
 /// 64 bytes in registers. Unsafe as [`Leaf`] is.
@@ -70,6 +73,26 @@ trait Bytes: Copy {
     unsafe fn equal(self, byte: u8) -> u64;
     /// The bytes from the first to the last of these.
     unsafe fn within(self, first: u8, last: u8) -> u64;
+    /// As [`Leaf::places`].
+    #[inline(always)]
+    unsafe fn places(mask: u64, base: u32, out: &mut [u32; 64]) {
+        places(mask, base, out);
+    }
+}
+
+/// [`Leaf::places`] without vectors.
+#[inline(always)]
+fn places(mut mask: u64, base: u32, out: &mut [u32; 64]) {
+    // Eight at a time without a question.
+    for eight in out.as_chunks_mut::<8>().0 {
+        if mask == 0 {
+            break;
+        }
+        for place in eight {
+            *place = base.wrapping_add(mask.trailing_zeros());
+            mask &= mask.wrapping_sub(1);
+        }
+    }
 }
 
 impl<B: Bytes> Leaf for B {
@@ -110,6 +133,12 @@ impl<B: Bytes> Leaf for B {
                 to_bd: tail & !bytes.within(0xBE, 0xBF),
             }
         }
+    }
+
+    #[inline(always)]
+    unsafe fn places(mask: u64, base: u32, out: &mut [u32; 64]) {
+        // SAFETY: the caller's promise.
+        unsafe { <B as Bytes>::places(mask, base, out) }
     }
 }
 
@@ -173,7 +202,31 @@ mod tests {
         }
     }
 
+    struct Places(u64, u32);
+
+    impl Work for Places {
+        type Output = Vec<u32>;
+        #[inline(always)]
+        unsafe fn run<L: Leaf>(self) -> Self::Output {
+            let mut out = [0; 64];
+            // SAFETY: the caller's promise.
+            unsafe { L::places(self.0, self.1, &mut out) };
+            out[..self.0.count_ones() as usize].to_vec()
+        }
+    }
+
     proptest! {
+        #[test]
+        fn places_are_those_of_the_bits(mask: u64, other: u64, base: u32) {
+            for mask in [0, u64::MAX, mask, mask & other, mask | other, mask & !(u64::MAX << other % 64)] {
+                let expected: Vec<u32> =
+                    (0..64).filter(|bit| mask >> bit & 1 == 1).map(|bit| base.wrapping_add(bit)).collect();
+                for instructions in Instructions::available() {
+                    prop_assert_eq!(instructions.run(Places(mask, base)), &expected[..], "{:?}", instructions);
+                }
+            }
+        }
+
         #[test]
         fn random_blocks_are_known(block in prop::array::uniform32(any::<[u8; 2]>())) {
             check(block.as_flattened().try_into().unwrap());

@@ -1,6 +1,6 @@
 //! Without vector instructions: a table gives each byte its kinds as bits, a multiplication gathers one bit of eight bytes.
 
-use super::{Ascii, Block, Leaf, Wide};
+use super::{Ascii, Block, Leaf, Wide, places};
 
 /// A target's own integers.
 pub(super) struct Portable;
@@ -69,5 +69,10 @@ impl Leaf for Portable {
     unsafe fn wide(block: &Block) -> Wide {
         let [tail, lead_e5_e8, lead_e4, lead_e9, from_b8, to_bd, ..] = planes(block, &WIDE);
         Wide { tail, lead_e5_e8, lead_e4, lead_e9, from_b8, to_bd }
+    }
+
+    #[inline(always)]
+    unsafe fn places(mask: u64, base: u32, out: &mut [u32; 64]) {
+        places(mask, base, out);
     }
 }

@@ -113,4 +113,22 @@ impl Bytes for Avx512 {
             _mm512_cmple_epu8_mask(above, _mm512_set1_epi8((last - first) as i8))
         }
     }
+    #[inline(always)]
+    unsafe fn places(mask: u64, base: u32, out: &mut [u32; 64]) {
+        let mut count = 0;
+        for quarter in 0..4 {
+            let bits = (mask >> (16 * quarter)) as u16;
+            // Of each quarter before there are at most 16, so 16 fit behind them.
+            let room: &mut [u32; 16] = (&mut out[count..count + 16]).try_into().expect("the length is 16");
+            unsafe {
+                let first = _mm512_set1_epi32(base.wrapping_add(16 * quarter) as i32);
+                let all = _mm512_add_epi32(
+                    first,
+                    _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                );
+                _mm512_storeu_si512(room.as_mut_ptr().cast(), _mm512_maskz_compress_epi32(bits, all));
+            }
+            count += bits.count_ones() as usize;
+        }
+    }
 }
