@@ -132,6 +132,26 @@ def test_a_long_text_over_threads_has_the_same_ids(seed: int) -> None:
     assert OURS.decode(expected) == text
 
 
+@pytest.mark.parametrize("stretch", [("é", 1), ("éa", 2), ("中文字", 16), ("a" * 15 + "😀", 17), ("plain text, ", 31)])
+def test_long_strings_of_every_width_are_read_as_utf8(stretch: tuple[str, int]) -> None:
+    piece, shift = stretch
+    for last in ("", "é", "中", "😀"):
+        text = "x" * shift + piece * (6000 // len(piece)) + last
+        assert OURS.encode(text) == OURS.encode(text.encode())
+
+
+def test_every_code_point_of_a_long_string_is_read() -> None:
+    text = "".join(chr(c) + "a" for c in range(0x110000) if not 0xD800 <= c < 0xE000)
+    assert OURS.encode(text) == OURS.encode(text.encode())
+
+
+def test_a_lone_surrogate_in_a_long_string_is_refused_or_replaced() -> None:
+    text = "é" * 5000 + "\ud800" + "é" * 50
+    with pytest.raises(ValueError, match="text: expected Unicode text"):
+        OURS.encode(text)
+    assert OURS.encode(text, errors="replace") == OURS.encode(text.encode(errors="surrogatepass"), errors="replace")
+
+
 def test_clearing_the_cache_changes_no_result() -> None:
     text = long_text(5, 20_000)
     expected = OURS.encode(text)

@@ -64,21 +64,3 @@ fn encode(points: &[u32]) -> Option<String> {
     }
     String::from_utf8(out).ok()
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn code_points_become_what_the_standard_library_makes_of_them() {
-        let every = (0..0x110000).filter_map(char::from_u32);
-        let text: String =
-            every.flat_map(|c| [c, 'a', 'b']).chain("plain ASCII to the end".chars()).collect();
-        let points: Vec<u32> = text.chars().map(u32::from).collect();
-        for cut in [0, 1, 15, 16, 17, 400, points.len()] {
-            let expected: String = text.chars().take(cut).collect();
-            assert_eq!(encode(&points[..cut]).as_deref(), Some(&expected[..]));
-        }
-        assert_eq!(encode(&[0x61, 0xD800]), None);
-    }
-}
