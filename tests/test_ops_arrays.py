@@ -216,7 +216,7 @@ def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["portable", "neon", "avx2", "avx512", "avx512_vnni", "avx512_bf16"])
 def test_the_environment_sets_level_and_threads(level: str) -> None:
     result = run_python(SIMD_PROGRAM, HEEDFUL_SIMD=level, HEEDFUL_NUM_THREADS="3")
     if f"HEEDFUL_SIMD: this machine has no {level}" in result.stderr:
@@ -227,7 +227,7 @@ def test_the_environment_sets_level_and_threads(level: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("HEEDFUL_SIMD", "sse9", 'HEEDFUL_SIMD: expected portable, avx2 or avx512, got "sse9"'),
+        ("HEEDFUL_SIMD", "sse9", 'HEEDFUL_SIMD: expected one of portable, neon, avx2, avx512, avx512_vnni, avx512_bf16, got "sse9"'),
         (
             "HEEDFUL_NUM_THREADS",
             "many",
@@ -273,4 +273,4 @@ def test_operators_need_no_torch() -> None:
 
 
 def test_the_simd_level_is_one_of_the_known() -> None:
-    assert _core.simd_level() in ("portable", "avx2", "avx512")
+    assert _core.simd_level() in ("portable", "neon", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
