@@ -227,7 +227,11 @@ def test_the_environment_sets_level_and_threads(level: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("HEEDFUL_SIMD", "sse9", 'HEEDFUL_SIMD: expected one of portable, neon, avx2, avx512, avx512_vnni, avx512_bf16, got "sse9"'),
+        (
+            "HEEDFUL_SIMD",
+            "sse9",
+            'HEEDFUL_SIMD: expected one of portable, neon, avx2, avx512, avx512_vnni, avx512_bf16, got "sse9"',
+        ),
         (
             "HEEDFUL_NUM_THREADS",
             "many",

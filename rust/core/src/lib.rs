@@ -7,6 +7,7 @@ pub mod argument;
 pub mod attention;
 pub mod cache;
 pub mod elements;
+mod prefetch;
 pub mod scheduler;
 pub mod simd;
 pub mod threads;

@@ -2,9 +2,12 @@
 
 use std::ops::Range;
 
+use half::bf16;
+
 use crate::argument::{ArgumentError, Result, ensure, ensure_volume};
 use crate::cache::layout::PAGE_TOKENS;
 use crate::cache::pages::Cache;
+use crate::simd::Level;
 
 /// The queries of one sequence and its keys.
 #[derive(Clone, Debug)]
@@ -28,8 +31,22 @@ impl PagedKeys<'_> {
     /// Reads the row at `position`; returns its factor (see [`Cache`]).
     #[inline]
     pub(crate) fn read(&self, position: usize, dst: &mut [f32]) -> f32 {
-        let block = self.table[position / PAGE_TOKENS] as usize;
-        self.cache.read(block * PAGE_TOKENS + position % PAGE_TOKENS, dst)
+        self.cache.read(self.slot(position), dst)
+    }
+
+    /// Reads the latent row at `position` as bfloat16.
+    #[inline]
+    pub(crate) fn read_half(&self, level: Level, position: usize, dst: &mut [bf16]) {
+        self.cache.read_half(level, self.slot(position), dst);
+    }
+
+    /// Address and bytes of the row at `position`.
+    pub(crate) fn span(&self, position: usize) -> (usize, usize) {
+        self.cache.span(self.slot(position))
+    }
+
+    fn slot(&self, position: usize) -> usize {
+        self.table[position / PAGE_TOKENS] as usize * PAGE_TOKENS + position % PAGE_TOKENS
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod block_pool;
 pub mod fp8;
+mod fp8_half;
 pub mod layout;
 pub mod pages;
 

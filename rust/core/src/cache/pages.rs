@@ -3,10 +3,11 @@
 use half::bf16;
 use rayon::prelude::*;
 
-use super::fp8;
 use super::layout::{LatentLayout, PAGE_TOKENS, index_page_bytes, index_scale_offset, load_f32, store_f32};
+use super::{fp8, fp8_half};
 use crate::argument::{ArgumentError, Result, ensure, ensure_volume, volume};
 use crate::elements::{Elements, take_front};
+use crate::simd::Level;
 
 /// Storage of a cache: rows of numbers, or FP8 pages as bytes.
 #[derive(Clone, Copy, Debug)]
@@ -156,6 +157,50 @@ impl<'a> Cache<'a> {
                 1.0
             }
             Pages::Fp8(bytes) => self.layout.read_fp8(bytes, slot, dst),
+        }
+    }
+
+    /// True when rows are bfloat16 or FP8.
+    pub(crate) fn is_half(&self) -> bool {
+        matches!(self.pages, Pages::Fp8(_) | Pages::Rows(Elements::Bf16(_)))
+    }
+
+    /// Reads the latent row in `slot` as bfloat16, FP8 codes times their scale rounded to nearest even. `is_half` must hold.
+    #[inline]
+    pub(crate) fn read_half(&self, level: Level, slot: usize, dst: &mut [bf16]) {
+        match (self.pages, self.layout) {
+            (Pages::Rows(Elements::Bf16(rows)), _) => {
+                dst.copy_from_slice(&rows[slot * dst.len()..][..dst.len()]);
+            }
+            (Pages::Fp8(bytes), Layout::Latent(l)) => {
+                let row = &bytes[slot * l.fp8_row_bytes()..][..l.fp8_row_bytes()];
+                let (values, rope) = dst.split_at_mut(l.value_dim);
+                let groups = values.chunks_mut(fp8::GROUP).zip(row[..l.value_dim].chunks(fp8::GROUP));
+                for (g, (dst, codes)) in groups.enumerate() {
+                    fp8_half::dequantize_group(level, codes, load_f32(row, l.scale_offset(g)), dst);
+                }
+                for (d, raw) in rope.iter_mut().zip(row[l.rope_offset()..].chunks_exact(2)) {
+                    *d = bf16::from_le_bytes([raw[0], raw[1]]);
+                }
+            }
+            _ => unreachable!("is_half has been asked of a latent cache"),
+        }
+    }
+
+    /// Address and bytes of the row in `slot` (of an FP8 index key, of its codes).
+    pub(crate) fn span(&self, slot: usize) -> (usize, usize) {
+        match (self.pages, self.layout) {
+            (Pages::Rows(rows), layout) => {
+                let (base, width) = rows.base();
+                (base + slot * layout.dim() * width, layout.dim() * width)
+            }
+            (Pages::Fp8(bytes), Layout::Latent(l)) => {
+                (bytes.as_ptr().addr() + slot * l.fp8_row_bytes(), l.fp8_row_bytes())
+            }
+            (Pages::Fp8(bytes), Layout::Index(dim)) => {
+                let (page, offset) = (slot / PAGE_TOKENS, slot % PAGE_TOKENS);
+                (bytes.as_ptr().addr() + page * index_page_bytes(dim) + offset * dim, dim)
+            }
         }
     }
 
