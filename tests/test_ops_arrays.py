@@ -137,7 +137,8 @@ def test_bfloat16_of_numpy_is_that_of_torch() -> None:
     np.testing.assert_array_equal(out.view(np.uint16), torch_out.view(torch.uint16).numpy())
     np.testing.assert_array_equal(lse, torch_lse.numpy())
     wide, _ = ops.dense_attention(q, kv, scale=0.5, backend="reference")
-    np.testing.assert_allclose(wide.astype(F32), out.astype(F32), rtol=2**-7)
+    # Both are rounded to bfloat16; ours rounds probabilities too, which are weights of values below 4.
+    np.testing.assert_allclose(wide.astype(F32), out.astype(F32), rtol=2**-7, atol=4 * 2**-9)
 
 
 def test_strided_inputs_are_accepted_and_mean_what_they_say() -> None:
