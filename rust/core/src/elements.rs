@@ -51,6 +51,30 @@ impl<'a> Elements<'a> {
         }
     }
 
+    /// Values `start .. start + count`.
+    #[inline]
+    pub(crate) fn slice(&self, start: usize, count: usize) -> Self {
+        match self {
+            Self::F32(x) => Self::F32(&x[start..][..count]),
+            Self::Bf16(x) => Self::Bf16(&x[start..][..count]),
+            Self::F16(x) => Self::F16(&x[start..][..count]),
+            Self::E4m3(x) => Self::E4m3(&x[start..][..count]),
+            Self::I8(x) => Self::I8(&x[start..][..count]),
+        }
+    }
+
+    /// The memory of the values.
+    #[inline]
+    pub(crate) fn bytes(&self) -> &'a [u8] {
+        match self {
+            Self::F32(x) => bytemuck::cast_slice(x),
+            Self::Bf16(x) => bytemuck::cast_slice(x.reinterpret_cast()),
+            Self::F16(x) => bytemuck::cast_slice(x.reinterpret_cast()),
+            Self::E4m3(x) => x,
+            Self::I8(x) => bytemuck::cast_slice(x),
+        }
+    }
+
     /// Writes values `start .. start + dst.len()` to `dst` as f32; exact for every dtype.
     #[inline]
     pub fn widen(&self, start: usize, dst: &mut [f32]) {

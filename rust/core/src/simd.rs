@@ -26,7 +26,7 @@ pub enum Level {
     Neon,
     /// AVX2 with FMA: 8 lanes.
     Avx2,
-    /// AVX-512 F, BW, DQ and VL: 16 lanes, masks, compression.
+    /// AVX-512 F, BW, DQ and VL, with the bit counting that came before: 16 lanes, masks, compression.
     Avx512,
     /// AVX-512 VNNI beside them: dot products of bytes.
     Avx512Vnni,
@@ -66,6 +66,8 @@ impl Level {
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("bmi1")
+                    && is_x86_feature_detected!("popcnt")
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => Self::Avx512.available() && is_x86_feature_detected!("avx512vnni"),
@@ -220,8 +222,8 @@ mod x86 {
     }
 
     /// # Safety
-    /// The machine must have AVX-512 F, BW, DQ and VL, AVX2 and FMA.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    /// The machine must have what [`super::Level::Avx512`] names.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi1,popcnt")]
     pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
         // SAFETY: this function's own condition.
         unsafe { kernel.run::<Avx512>() }
@@ -384,13 +386,6 @@ pub(crate) struct AlignedBuffer<T = f32> {
 struct Line([u8; 64]);
 
 impl<T: Pod> AlignedBuffer<T> {
-    /// A buffer of at least `len` zeros.
-    pub fn zeroed(len: usize) -> Self {
-        let mut buffer = Self::default();
-        buffer.reserve(len);
-        buffer
-    }
-
     /// Makes it hold at least `len` items; new ones are zeros.
     pub fn reserve(&mut self, len: usize) {
         let lines = len.checked_mul(size_of::<T>()).expect("fits memory").div_ceil(size_of::<Line>());

@@ -6,12 +6,13 @@ use proptest::prelude::*;
 
 use super::attend::{Attention, AttentionQueries, KeyValueRows, Selection};
 use super::batch::PagedBatch;
-use super::index::{IndexQueries, Indexer};
+use super::index::{IndexArena, IndexQueries, Indexer};
 use crate::cache::layout::{LatentLayout, PAGE_TOKENS};
 use crate::cache::pages::{Cache, Layout, Pages, PagesMut, write};
 use crate::elements::{Elements, ElementsMut};
 use crate::simd::Level;
-use crate::topk;
+use crate::threads::Arena;
+use crate::topk::{self, Scores};
 
 /// Numbers in [-1, 1) from a seed.
 fn numbers(count: usize, seed: u64) -> Vec<f32> {
@@ -343,8 +344,8 @@ proptest! {
         paged.dense(ElementsMut::F32(&mut out), &mut lse).unwrap();
         let keys = Cache::new(storage, Layout::Index(dim), blocks).unwrap();
         let indexer = Indexer::paged(best(), index(&q_numbers.single, &weights, count), keys, batch).unwrap();
-        let mut chosen = vec![0; count * 70];
-        indexer.top_k(70, &mut chosen).unwrap();
+        let (arena, mut chosen) = (IndexArena::new(), vec![0; count * 70]);
+        indexer.top_k(70, true, &mut chosen, &arena).unwrap();
         let mut sparse_out = vec![0.0; count * heads * width];
         let mut sparse_lse = vec![0.0; count * heads];
         let selection = Selection { indices: &chosen, width: 70 };
@@ -368,7 +369,7 @@ proptest! {
             prop_assert_eq!(&l[..], &lse[first * heads..][..l.len()]);
             let indexer = Indexer::contiguous(best(), index(q, weights, n), rows.keys, len, None, None).unwrap();
             let mut c = vec![0; n * 70];
-            indexer.top_k(70, &mut c).unwrap();
+            indexer.top_k(70, true, &mut c, &arena).unwrap();
             prop_assert_eq!(&c[..], &chosen[first * 70..][..c.len()]);
             contiguous.sparse(Selection { indices: &c, width: 70 }, ElementsMut::F32(&mut o), &mut l).unwrap();
             prop_assert_eq!(&o[..], &sparse_out[first * heads * width..][..o.len()]);
@@ -399,15 +400,17 @@ proptest! {
                 want[t * keys + s] = (score * if scaled { f64::from(scales[s]) } else { 1.0 }) as f32;
             }
         }
+        let arena = IndexArena::new();
         for level in Level::ALL.into_iter().filter(|l| l.available()) {
             let scale = scaled.then_some(&scales[..]);
             let indexer = Indexer::contiguous(level, index, Elements::F32(&kv), keys, scale, None).unwrap();
             let mut got = vec![f32::NAN; queries * keys];
-            with_threads(threads, || indexer.scores(keys, &mut got)).unwrap();
+            with_threads(threads, || indexer.scores(keys, &mut got, &arena)).unwrap();
             prop_assert_eq!(&got, &want);
             let (mut direct, mut two_steps) = (vec![0; queries * k], vec![0; queries * k]);
-            with_threads(threads, || indexer.top_k(k, &mut direct)).unwrap();
-            topk::top_k(Elements::F32(&want), queries, keys, None, k, &mut two_steps).unwrap();
+            with_threads(threads, || indexer.top_k(k, true, &mut direct, &arena)).unwrap();
+            let scores = Scores { values: Elements::F32(&want), rows: queries, columns: keys, lengths: None };
+            topk::top_k(level, scores, k, true, &mut two_steps, &Arena::new()).unwrap();
             prop_assert_eq!(direct, two_steps);
         }
     }

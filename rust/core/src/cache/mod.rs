@@ -3,6 +3,7 @@
 mod block_pool;
 pub mod fp8;
 mod fp8_half;
+pub mod int8;
 pub mod layout;
 pub mod pages;
 
