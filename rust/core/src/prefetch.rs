@@ -3,19 +3,19 @@
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// Asks for the line at `address` to be brought to the second-level cache. Any address will do: none is read.
+/// Asks for the line at `address` to be brought to the caches. Any address will do: none is read.
 #[inline(always)]
 pub(crate) fn fetch(address: usize) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch does not fault and changes no value, whatever the address.
     unsafe {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T1>(std::ptr::without_provenance(address));
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(std::ptr::without_provenance(address));
     }
     #[cfg(target_arch = "aarch64")]
     // SAFETY: as above; the instruction writes neither memory nor flags.
     unsafe {
-        std::arch::asm!("prfm pldl2keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
+        std::arch::asm!("prfm pldl1keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
     }
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = address;

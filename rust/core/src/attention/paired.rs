@@ -61,15 +61,17 @@ impl Products for Paired {
         let Elements::Bf16(q) = queries.values else { unreachable!("the caller has asked") };
         let Shape { dim, heads, .. } = self.shape;
         let packed: &mut [u32] = bytemuck::cast_slice_mut(packed);
-        let bits =
-            |h: usize, d: usize| if h < heads && d < dim { q[(first + h) * dim + d].to_bits() } else { 0 };
-        for pair in 0..self.pairs() {
-            self.query_packing().each_vector(pair, |vector, at| {
-                for (lane, x) in packed[at..at + PAD].iter_mut().enumerate() {
-                    let h = vector * PAD + lane;
-                    *x = u32::from(bits(h, 2 * pair)) | u32::from(bits(h, 2 * pair + 1)) << 16;
-                }
-            });
+        for panel in self.query_packing().panels() {
+            let packed = &mut packed[panel.at..][..self.pairs() * panel.stride()];
+            for lane in 0..panel.stride() {
+                let h = panel.first * PAD + lane;
+                let row = if h < heads { &q[(first + h) * dim..][..dim] } else { &[] };
+                let pairs = row.chunks(2).map(|two| {
+                    u32::from(two[0].to_bits()) | u32::from(two.get(1).map_or(0, |x| x.to_bits())) << 16
+                });
+                let pairs = pairs.chain(std::iter::repeat(0));
+                packed[lane..].iter_mut().step_by(panel.stride()).zip(pairs).for_each(|(out, x)| *out = x);
+            }
         }
     }
 
@@ -154,7 +156,6 @@ impl Kernel for Load<'_> {
     unsafe fn run<S: Simd>(self) {
         let Shape { dim, value_dim, apart, .. } = self.products.shape;
         let (stride, width) = (self.products.stride(), self.products.shape.width());
-        let packing = self.products.value_packing();
         for i in 0..self.tile.count {
             let (keys, head, position) = self.tile.source(i);
             let row = &mut self.rows[i * stride..][..stride];
@@ -168,15 +169,16 @@ impl Kernel for Load<'_> {
         }
         let (source, stride): (&[bf16], _) = if apart { (self.apart, width) } else { (self.rows, stride) };
         // The second row of the last pair of an odd count is what was there before: products leave it out.
-        for pair in 0..self.tile.count.div_ceil(2) {
-            let (low, high) = source[2 * pair * stride..][..2 * stride].split_at(stride);
-            packing.each_vector(pair, |vector, at| {
-                let columns = vector * PAD..(vector + 1) * PAD;
+        for panel in self.products.value_packing().panels() {
+            let out = self.values[panel.at..].chunks_exact_mut(panel.stride());
+            for (out, rows) in out.zip(source.chunks_exact(2 * stride)).take(self.tile.count.div_ceil(2)) {
+                let (low, high) = rows.split_at(stride);
+                let columns = panel.first * PAD..panel.first * PAD + out.len();
                 let pairs = low[columns.clone()].iter().zip(&high[columns]);
-                for (out, (low, high)) in self.values[at..at + PAD].iter_mut().zip(pairs) {
+                for (out, (low, high)) in out.iter_mut().zip(pairs) {
                     *out = u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16;
                 }
-            });
+            }
         }
     }
 }

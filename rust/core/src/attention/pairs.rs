@@ -30,24 +30,30 @@ impl Packing {
     }
 
     /// Panels of a group; their widths differ by one at most.
-    fn panels(&self) -> usize {
-        self.vectors.div_ceil(PANEL)
+    pub fn panels(&self) -> impl Iterator<Item = Panel> + use<> {
+        let (vectors, group) = (self.vectors, self.group);
+        let panels = vectors.div_ceil(PANEL);
+        (0..panels).map(move |panel| {
+            let (start, end) = (panel * vectors / panels, (panel + 1) * vectors / panels);
+            Panel { first: start, vectors: end - start, at: start * group * PAD }
+        })
     }
+}
 
-    /// First vector of a panel.
-    fn panel_start(&self, panel: usize) -> usize {
-        panel * self.vectors / self.panels()
-    }
+/// Neighbouring vectors of a packed B; their items of one pair lie together.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Panel {
+    /// First vector.
+    pub first: usize,
+    pub vectors: usize,
+    /// Where the panel begins in its group.
+    pub at: usize,
+}
 
-    /// Calls `place(vector, at)` for every vector, `at` being where its 16 items of pair `pair` of a group begin.
-    #[inline(always)]
-    pub fn each_vector(&self, pair: usize, mut place: impl FnMut(usize, usize)) {
-        for panel in 0..self.panels() {
-            let (start, end) = (self.panel_start(panel), self.panel_start(panel + 1));
-            for vector in start..end {
-                place(vector, (start * self.group + pair * (end - start) + vector - start) * PAD);
-            }
-        }
+impl Panel {
+    /// Items from pair to pair.
+    pub fn stride(&self) -> usize {
+        self.vectors * PAD
     }
 }
 
@@ -107,14 +113,13 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub(super) unsafe fn run(mut gemm: PairGemm<'_>) {
         let g = &mut gemm;
-        for panel in 0..g.packing.panels() {
-            let (start, end) = (g.packing.panel_start(panel), g.packing.panel_start(panel + 1));
+        for panel in g.packing.panels() {
             // SAFETY: the caller's condition; the panel's vectors lie below `vectors`.
             unsafe {
-                match end - start {
-                    1 => rows::<1>(g, start),
-                    2 => rows::<2>(g, start),
-                    _ => rows::<3>(g, start),
+                match panel.vectors {
+                    1 => rows::<1>(g, panel.first),
+                    2 => rows::<2>(g, panel.first),
+                    _ => rows::<3>(g, panel.first),
                 }
             }
         }
@@ -279,13 +284,14 @@ mod tests {
             // What lies beyond k is NaN: it must not matter.
             let mut b_pairs = vec![u32::MAX; pairs.div_ceil(group) * packing.group_items()];
             for p in 0..pairs {
-                packing.each_vector(p % group, |vector, at| {
-                    for j in 0..PAD {
-                        let column = vector * PAD + j;
+                for panel in packing.panels() {
+                    let at = p / group * packing.group_items() + panel.at + p % group * panel.stride();
+                    for j in 0..panel.stride() {
+                        let column = panel.first * PAD + j;
                         let high = if 2 * p + 1 < k { b(2 * p + 1, column) } else { bf16::NAN };
-                        b_pairs[p / group * packing.group_items() + at + j] = pair(b(2 * p, column), high);
+                        b_pairs[at + j] = pair(b(2 * p, column), high);
                     }
-                });
+                }
             }
             let c: Vec<f32> = (0..m * n).map(|i| number(i as u64, 99).to_f32()).collect();
             let mut got = c.clone();
