@@ -32,6 +32,8 @@ pub(super) struct Candidates {
     /// How many there are; what lies behind is of no account.
     pub len: usize,
     undecided: [AlignedBuffer<u32>; 2],
+    /// Where in a piece what passed the threshold is.
+    offsets: AlignedBuffer<u16>,
 }
 
 impl Candidates {
@@ -50,8 +52,11 @@ impl Candidates {
     /// Adds the scores above `threshold`; `scores[0]` has position `first`, and there must be room for all of them.
     #[inline]
     pub fn add(&mut self, level: Level, scores: &[f32], first: u32, threshold: f32) {
+        self.offsets.reserve(scores.len() + leaf::SLACK);
+        let found = leaf::above(level, scores, threshold, &mut self.offsets);
+        let offsets = &self.offsets[..found];
         let (positions, keys) = (&mut self.positions[self.len..], &mut self.keys[self.len..]);
-        let found = leaf::above(level, scores, threshold, first, positions, keys);
+        leaf::take(level, scores, offsets, first, positions, keys);
         self.len += found;
     }
 

@@ -119,18 +119,6 @@ proptest! {
             prop_assert_eq!(candidates::kth_highest(level, &keys, k, coarse, &mut Default::default()), want);
         }
     }
-
-    #[test]
-    fn a_threshold_is_passed_by_what_is_above_it(scores in prop::collection::vec(score(), 0..300), at in 0usize..300) {
-        let threshold = scores.get(at).copied().filter(|x| !x.is_nan()).unwrap_or(f32::NEG_INFINITY);
-        let want: Vec<u32> = (0..scores.len() as u32).filter(|&s| scores[s as usize] > threshold).map(|s| s + 9).collect();
-        for level in levels() {
-            let (mut positions, mut keys) = (vec![0; scores.len() + leaf::SLACK], vec![0; scores.len() + leaf::SLACK]);
-            let found = leaf::above(level, &scores, threshold, 9, &mut positions, &mut keys);
-            prop_assert_eq!(&positions[..found], &want[..]);
-            prop_assert!(want.iter().zip(&keys).all(|(&p, &key)| candidates::order_key(scores[p as usize - 9]) == key));
-        }
-    }
 }
 
 proptest! {

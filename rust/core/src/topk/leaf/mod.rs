@@ -10,26 +10,42 @@ use crate::simd::Level;
 /// Items that the loops may write behind the last one, so that whole vectors can be stored.
 pub(super) const SLACK: usize = 16;
 
-/// Writes `first + i` and the order key of each score above `threshold` to `positions` and `keys`, which have room for all of
-/// them and [`SLACK`] more; returns how many there are. NaN is above nothing.
+/// Writes `i` of each score above `threshold` to `offsets`, which has room for all of them and [`SLACK`] more; returns how many
+/// there are. NaN is above nothing. There may be 2^15 scores at most.
 #[inline]
-pub(super) fn above(
+pub(super) fn above(level: Level, scores: &[f32], threshold: f32, offsets: &mut [u16]) -> usize {
+    assert!(offsets.len() >= scores.len() + SLACK && scores.len() <= 1 << 15, "room for every score");
+    #[cfg(target_arch = "x86_64")]
+    if level.runs(Level::Avx512) {
+        if is_x86_feature_detected!("avx512vbmi2") {
+            // SAFETY: the machine has the level's instructions and VBMI2; the room has been checked.
+            return unsafe { x86::above_vbmi2(scores, threshold, offsets) };
+        }
+        // SAFETY: as above.
+        return unsafe { x86::above(scores, threshold, offsets) };
+    }
+    let _ = level;
+    portable::above(scores, threshold, offsets)
+}
+
+/// Positions and order keys of the scores at `offsets`, which must lie within them; `scores[0]` has position `first`.
+#[inline]
+pub(super) fn take(
     level: Level,
     scores: &[f32],
-    threshold: f32,
+    offsets: &[u16],
     first: u32,
     positions: &mut [u32],
     keys: &mut [u32],
-) -> usize {
-    let room = scores.len() + SLACK;
-    assert!(positions.len() >= room && keys.len() >= room, "room for every score");
+) {
+    let _ = level;
+    let (positions, keys) = (&mut positions[..offsets.len()], &mut keys[..offsets.len()]);
     #[cfg(target_arch = "x86_64")]
     if level.runs(Level::Avx512) {
-        // SAFETY: the machine has the level's instructions; the room has been checked.
-        return unsafe { x86::above(scores, threshold, first, positions, keys) };
+        // SAFETY: the machine has the level's instructions.
+        return unsafe { x86::take(scores, offsets, first, positions, keys) };
     }
-    let _ = level;
-    portable::above(scores, threshold, first, positions, keys)
+    portable::take(scores, offsets, first, positions, keys);
 }
 
 /// Number of `keys` that are at least `bound`.
@@ -68,4 +84,31 @@ pub(super) fn retain(level: Level, candidates: &mut Candidates, bound: u32, ties
     }
     let _ = level;
     portable::retain(candidates, bound, ties);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn what_is_above_a_threshold_with_and_without_vbmi2(
+            scores in prop::collection::vec(prop_oneof![-1f32..1.0, Just(f32::NAN), Just(0.5)], 0..700), dense: bool,
+        ) {
+            let threshold = if dense { -0.8 } else { 0.9 };
+            let want: Vec<u16> = (0..scores.len() as u16).filter(|&i| scores[usize::from(i)] > threshold).collect();
+            let mut offsets = vec![0; scores.len() + SLACK];
+            for level in Level::ALL.into_iter().filter(|l| l.available()) {
+                let found = above(level, &scores, threshold, &mut offsets);
+                prop_assert_eq!(&offsets[..found], &want[..]);
+            }
+            #[cfg(target_arch = "x86_64")]
+            if Level::Avx512.available() {
+                // SAFETY: the machine has the level's instructions; there is room.
+                let found = unsafe { x86::above(&scores, threshold, &mut offsets) };
+                prop_assert_eq!(&offsets[..found], &want[..]);
+            }
+        }
+    }
 }

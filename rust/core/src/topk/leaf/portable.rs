@@ -5,25 +5,26 @@ use crate::topk::candidates::{Candidates, order_key};
 /// Scores looked at together: one vectorised maximum decides whether any can pass.
 const BLOCK: usize = 64;
 
-pub(super) fn above(
-    scores: &[f32],
-    threshold: f32,
-    first: u32,
-    positions: &mut [u32],
-    keys: &mut [u32],
-) -> usize {
+pub(super) fn above(scores: &[f32], threshold: f32, offsets: &mut [u16]) -> usize {
     let mut found = 0;
     for (b, block) in scores.chunks(BLOCK).enumerate() {
         if !block.iter().fold(false, |any, &score| any | (score > threshold)) {
             continue;
         }
-        let first = first + (b * BLOCK) as u32;
         for (i, &score) in block.iter().enumerate() {
-            (positions[found], keys[found]) = (first + i as u32, order_key(score));
+            offsets[found] = (b * BLOCK + i) as u16;
             found += usize::from(score > threshold);
         }
     }
     found
+}
+
+#[inline(always)]
+pub(super) fn take(scores: &[f32], offsets: &[u16], first: u32, positions: &mut [u32], keys: &mut [u32]) {
+    positions.iter_mut().zip(offsets).for_each(|(position, &i)| *position = first + u32::from(i));
+    keys.iter_mut().zip(offsets).for_each(|(key, &i)| *key = scores[usize::from(i)].to_bits());
+    // Apart, so that it becomes a loop over vectors.
+    keys.iter_mut().for_each(|key| *key = order_key(f32::from_bits(*key)));
 }
 
 pub(super) fn matching(keys: &[u32], prefix: u32, free: u32, out: &mut [u32]) -> usize {

@@ -4,7 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::SLACK;
-use crate::topk::candidates::{Candidates, order_key};
+use crate::topk::candidates::Candidates;
 
 const LANES: usize = 16;
 
@@ -16,90 +16,137 @@ fn lowest(count: usize) -> __mmask16 {
 
 /// Scores whose masks are looked at together.
 const GROUP: usize = 4 * LANES;
-/// So many of a group are taken out one by one, whether they are there or not: without a branch on how many there are.
-const FEW: usize = 4;
+/// So many of a group are taken out in one store, whether they are there or not: without a branch on how many there are.
+const FEW: u32 = 4;
 
+/// Writes `i` of each score above `threshold` to `offsets`; returns how many there are.
+///
 /// # Safety
-/// The machine must have the level's features; `positions` and `keys` must have room for every score and [`SLACK`] more.
+/// The machine must have the level's features; `offsets` must have room for every score and [`SLACK`] more, and the scores must
+/// be so few that their offsets fit.
 #[target_feature(enable = "avx512f,avx512bw,bmi1,popcnt")]
-pub(super) unsafe fn above(
-    scores: &[f32],
-    threshold: f32,
-    first: u32,
-    positions: &mut [u32],
-    keys: &mut [u32],
-) -> usize {
-    const { assert!(SLACK >= LANES && SLACK >= FEW) };
+pub(super) unsafe fn above(scores: &[f32], threshold: f32, offsets: &mut [u16]) -> usize {
+    const { assert!(SLACK >= LANES && SLACK >= FEW as usize) };
     let limit = _mm512_set1_ps(threshold);
-    let mut out = Above { positions: positions.as_mut_ptr(), keys: keys.as_mut_ptr(), found: 0 };
-    let mut start = 0;
-    // SAFETY: loads stay within `scores`: a group taken apart reads at most one score behind it, and there is one. Stores begin
-    // at most `scores.len()` items from the start, and SLACK more are there.
+    let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    let mut out = offsets.as_mut_ptr();
+    let groups = scores.chunks_exact(GROUP);
+    let mut start = scores.len() - groups.remainder().len();
+    // SAFETY: loads stay in their chunk or are masked. Stores begin at most `scores.len()` items from the start, and SLACK more
+    // are there.
     unsafe {
-        while start + GROUP < scores.len() {
-            let group = scores.as_ptr().add(start);
+        let push = |out: &mut *mut u16, mask: __mmask16, first: usize| {
+            let offset = _mm512_add_epi32(lanes, _mm512_set1_epi32(first as i32));
+            let packed = _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(mask, offset));
+            _mm256_storeu_si256(out.cast(), packed);
+            *out = out.add(mask.count_ones() as usize);
+        };
+        for (g, group) in groups.enumerate() {
+            fetch(group);
             let mask = |v: usize| {
-                u64::from(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(_mm512_loadu_ps(group.add(v * LANES)), limit))
+                let vector = _mm512_loadu_ps(group.as_ptr().add(v * LANES));
+                u64::from(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(vector, limit))
             };
-            let masks = [mask(0), mask(1), mask(2), mask(3)];
-            let mut bits = masks[0] | masks[1] << 16 | masks[2] << 32 | masks[3] << 48;
-            let count = bits.count_ones() as usize;
+            let mut bits = mask(0) | mask(1) << 16 | mask(2) << 32 | mask(3) << 48;
+            let count = bits.count_ones();
             if count <= FEW {
+                // Four numbers of 16 bits; those that are not there count as 64.
+                let mut four = (g * GROUP) as u64 * 0x1_0001_0001_0001;
                 for i in 0..FEW {
-                    let at = bits.trailing_zeros(); // 64 when there is none
-                    *out.positions.add(out.found + i) = first + start as u32 + at;
-                    *out.keys.add(out.found + i) = (*group.add(at as usize)).to_bits();
+                    four += u64::from(bits.trailing_zeros()) << (16 * i);
                     bits &= bits.wrapping_sub(1);
                 }
-                out.found += count;
+                out.cast::<u64>().write_unaligned(four);
+                out = out.add(count as usize);
             } else {
-                for (v, &mask) in masks.iter().enumerate() {
-                    let vector = _mm512_loadu_ps(group.add(v * LANES));
-                    out.push(mask as __mmask16, vector, first + (start + v * LANES) as u32);
+                for v in 0..GROUP / LANES {
+                    push(&mut out, (bits >> (v * LANES)) as __mmask16, g * GROUP + v * LANES);
                 }
             }
-            start += GROUP;
         }
         while start < scores.len() {
             let live = lowest(LANES.min(scores.len() - start));
             let vector = _mm512_maskz_loadu_ps(live, scores.as_ptr().add(start));
-            let mask = _mm512_mask_cmp_ps_mask::<_CMP_GT_OQ>(live, vector, limit);
-            out.push(mask, vector, first + start as u32);
+            push(&mut out, _mm512_mask_cmp_ps_mask::<_CMP_GT_OQ>(live, vector, limit), start);
             start += LANES;
         }
+        out.offset_from_unsigned(offsets.as_ptr())
     }
-    let found = out.found;
-    for key in &mut keys[..found] {
-        *key = order_key(f32::from_bits(*key));
+}
+
+/// As [`above`], a group's offsets compressed as bytes.
+///
+/// # Safety
+/// As [`above`], with VBMI2.
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,bmi1,popcnt")]
+pub(super) unsafe fn above_vbmi2(scores: &[f32], threshold: f32, offsets: &mut [u16]) -> usize {
+    let limit = _mm512_set1_ps(threshold);
+    let bytes: [i8; GROUP] = std::array::from_fn(|i| i as i8);
+    let mut found = 0;
+    let groups = scores.chunks_exact(GROUP);
+    let rest = groups.remainder();
+    // SAFETY: loads stay in their chunk. Stores begin at most `scores.len()` items from the start of `offsets`, and SLACK more
+    // are there; where a group has more than that, it is written by whole vectors of what it has.
+    unsafe {
+        let lanes = _mm512_loadu_si512(bytes.as_ptr().cast());
+        for (g, group) in groups.enumerate() {
+            fetch(group);
+            let mask = |v: usize| {
+                let vector = _mm512_loadu_ps(group.as_ptr().add(v * LANES));
+                _mm512_cmp_ps_mask::<_CMP_GT_OQ>(vector, limit)
+            };
+            let low = _mm512_kunpackw(mask(1).into(), mask(0).into());
+            let high = _mm512_kunpackw(mask(3).into(), mask(2).into());
+            let bits = _mm512_kunpackd(high.into(), low.into());
+            let passed = _mm512_maskz_compress_epi8(bits, lanes);
+            let first = _mm256_set1_epi16((g * GROUP) as i16);
+            let count = bits.count_ones() as usize;
+            let out = offsets.as_mut_ptr().add(found);
+            let widened = _mm256_cvtepu8_epi16(_mm512_castsi512_si128(passed));
+            _mm256_storeu_si256(out.cast(), _mm256_or_si256(widened, first));
+            if count > LANES {
+                let more = _mm256_cvtepu8_epi16(_mm512_extracti32x4_epi32::<1>(passed));
+                _mm256_storeu_si256(out.add(LANES).cast(), _mm256_or_si256(more, first));
+            }
+            if count > 2 * LANES {
+                let more = _mm256_cvtepu8_epi16(_mm512_extracti32x4_epi32::<2>(passed));
+                _mm256_storeu_si256(out.add(2 * LANES).cast(), _mm256_or_si256(more, first));
+                let more = _mm256_cvtepu8_epi16(_mm512_extracti32x4_epi32::<3>(passed));
+                _mm256_storeu_si256(out.add(3 * LANES).cast(), _mm256_or_si256(more, first));
+            }
+            found += count;
+        }
+    }
+    let done = scores.len() - rest.len();
+    for (i, &score) in rest.iter().enumerate() {
+        offsets[found] = (done + i) as u16;
+        found += usize::from(score > threshold);
     }
     found
 }
 
-/// Where [`above`] writes.
-struct Above {
-    positions: *mut u32,
-    /// Bits of the scores at first.
-    keys: *mut u32,
-    found: usize,
+/// Brings what follows a group by some groups to the first-level cache. It may lie behind the scores: nothing is read.
+#[inline(always)]
+fn fetch(group: &[f32]) {
+    for v in 0..GROUP / LANES {
+        // SAFETY: a prefetch of any address is sound, and every x86-64 machine has it.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(group.as_ptr().wrapping_add(512 + v * LANES).cast()) };
+    }
 }
 
-impl Above {
-    /// Appends the lanes of `mask`; lane i has position `first + i`.
-    ///
-    /// # Safety
-    /// The machine must have AVX-512 F and POPCNT; there must be room for 16 items.
-    #[target_feature(enable = "avx512f,popcnt")]
-    unsafe fn push(&mut self, mask: __mmask16, vector: __m512, first: u32) {
-        let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        let position = _mm512_add_epi32(lanes, _mm512_set1_epi32(first as i32));
-        // SAFETY: the caller's condition.
-        unsafe {
-            let positions = _mm512_maskz_compress_epi32(mask, position);
-            _mm512_storeu_si512(self.positions.add(self.found).cast(), positions);
-            _mm512_storeu_ps(self.keys.add(self.found).cast(), _mm512_maskz_compress_ps(mask, vector));
-        }
-        self.found += mask.count_ones() as usize;
-    }
+/// [`super::portable::take`] with the level's vectors.
+///
+/// # Safety
+/// The machine must have AVX-512 F and BW.
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) unsafe fn take(
+    scores: &[f32],
+    offsets: &[u16],
+    first: u32,
+    positions: &mut [u32],
+    keys: &mut [u32],
+) {
+    super::portable::take(scores, offsets, first, positions, keys);
 }
 
 /// # Safety
