@@ -106,45 +106,97 @@ def test_future_keys_leave_no_trace_even_when_they_are_nan() -> None:
     assert np.isnan(spoilt[0][11:]).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("threads", [2, 5])
-def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(threads: int, dtype: str) -> None:
+    torch = pytest.importorskip("torch")
     rng = np.random.default_rng(2)
-    kv = rng.standard_normal((3000, 40), np.float32)
-    indices = rng.integers(-1, 3000, (40, 700)).astype(np.int32)
+    kv = halves(3000, 40, seed=2).to(getattr(torch, dtype))
+    indices = torch.from_numpy(rng.integers(-1, 3000, (40, 700)).astype(np.int32))
     before, results = ops.get_num_threads(), []
     try:
         for n in (1, threads):
             ops.set_num_threads(n)
             for T in (1, 40):  # keys of one query are shared out; many queries are a task each
-                q = np.random.default_rng(3).standard_normal((40, 4, 40), np.float32)[:T]
+                q = halves(40, 20, 40, seed=3).to(kv.dtype)[:T]
                 results.append(ops.sparse_attention(q, kv, indices[:T], scale=0.2))
                 results.append(ops.dense_attention(q, kv, scale=0.2, q_positions=2000 + np.arange(T)))
     finally:
         ops.set_num_threads(before)
     single, several = results[:4], results[4:]
     for a, b in zip(single, several, strict=True):
-        np.testing.assert_array_equal(a[0], b[0])
-        np.testing.assert_array_equal(a[1], b[1])
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[1], b[1])
     # The first query alone, and among forty: the same bits.
-    np.testing.assert_array_equal(single[0][0][0], single[2][0][0])
-    np.testing.assert_array_equal(single[1][0][0], single[3][0][0])
+    assert torch.equal(single[0][0][0], single[2][0][0])
+    assert torch.equal(single[1][0][0], single[3][0][0])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_rounds_once_at_the_end(dtype: str) -> None:
+def halves(*shape: int, seed: int = 0) -> Any:
+    """Random bfloat16 numbers."""
     torch = pytest.importorskip("torch")
-    generator = torch.Generator().manual_seed(0)
-    kind = getattr(torch, dtype)
-    q, kv = (
-        torch.randn(5, 3, 48, generator=generator).to(kind),
-        torch.randn(90, 48, generator=generator).to(kind),
-    )
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def test_float16_is_rounded_once_at_the_end() -> None:
+    torch = pytest.importorskip("torch")
+    q, kv = halves(5, 3, 48).half(), halves(90, 48, seed=1).half()
     out, lse = ops.dense_attention(q, kv, scale=0.2, value_dim=40)
     wide, wide_lse = ops.dense_attention(q.float(), kv.float(), scale=0.2, value_dim=40)
-    assert out.dtype == kind
+    assert out.dtype == torch.float16
     assert lse.dtype == torch.float32
-    torch.testing.assert_close(out, wide.to(kind), rtol=0, atol=0)
+    torch.testing.assert_close(out, wide.half(), rtol=0, atol=0)
     torch.testing.assert_close(lse, wide_lse, rtol=0, atol=0)
+
+
+def near_halves(got: tuple[Any, Any], want: tuple[Any, Any], largest: float) -> None:
+    """bfloat16 rounds each probability by 2^-9 of itself, and so an average of values by 2^-9 of the largest; then the
+    output by 2^-9 of itself (2^-8 where the reference lies on the other side of a power of two).
+    """
+    torch = pytest.importorskip("torch")
+    assert got[0].dtype == torch.bfloat16
+    assert got[1].dtype == torch.float32
+    torch.testing.assert_close(got[0].float(), want[0].float(), rtol=2**-8, atol=2**-9 * largest)
+    torch.testing.assert_close(got[1], want[1].float(), rtol=2e-5, atol=2e-5)
+
+
+SIZES = [(128, 576, 512), (16, 192, 128), (7, 33, 17), (1, 1, 1), (48, 66, 66)]
+
+
+@pytest.mark.parametrize(("H", "Dk", "Dv"), SIZES)
+@pytest.mark.parametrize("form", ["prefix", "apart", "grouped"])
+def test_bfloat16_attention_equals_the_reference(H: int, Dk: int, Dv: int, form: str) -> None:
+    T, S, K = 3, 700, 600
+    rng = np.random.default_rng(5)
+    kv = halves(S, *([H] if form == "grouped" else []), Dk)
+    inputs: dict[str, Any] = {"q": halves(T, H, Dk, seed=1), "kv": kv, "scale": Dk**-0.5}
+    if form == "prefix":
+        inputs["value_dim"] = Dv
+    else:
+        inputs["v"] = halves(*kv.shape[:-1], Dv, seed=2)
+    inputs["sink"] = halves(H, seed=3).float()
+    indices = rng.integers(-20, S + 20, (T, K)).astype(np.int32)
+    indices[1] = -1  # a row without keys
+    indices[2, 131:] = -1  # an odd number of keys
+    chosen = pytest.importorskip("torch").from_numpy(indices)
+    want = ops.sparse_attention(**inputs, indices=chosen, backend="reference")
+    near_halves(ops.sparse_attention(**inputs, indices=chosen), want, 4.5)
+    near_halves(ops.dense_attention(**inputs), ops.dense_attention(**inputs, backend="reference"), 4.5)
+
+
+@quick
+@given(st.integers(1, 20), st.integers(1, 70), st.integers(0, 300), st.integers(0, 80), st.integers(0, 2**32))
+def test_bfloat16_rows_that_nobody_chose_leave_no_trace(H: int, Dk: int, S: int, K: int, seed: int) -> None:
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(seed)
+    q, kv = halves(2, H, Dk, seed=seed), halves(S, Dk, seed=seed + 1)
+    indices = torch.from_numpy(rng.integers(-1, S + 1, (2, K)).astype(np.int32))
+    clean = ops.sparse_attention(q, kv, indices, scale=0.2)
+    unused = np.setdiff1d(np.arange(S), indices.numpy())
+    kv[unused] = torch.nan
+    spoilt = ops.sparse_attention(q, kv, indices, scale=0.2)
+    torch.testing.assert_close(clean, spoilt, rtol=0, atol=0)
+    near_halves(spoilt, ops.sparse_attention(q, kv, indices, scale=0.2, backend="reference"), 4.5)
 
 
 @pytest.mark.parametrize("D", [1, 2, 16, 128])

@@ -32,6 +32,8 @@ def test_top_k_is_the_head_of_the_sorted_row(scores: np.ndarray, k: int, data: s
     got = ops.top_k(scores, k, lengths=lengths)
     assert got.dtype == np.int32
     np.testing.assert_array_equal(got, reference.top_k(scores, k, lengths))
+    rising = ops.top_k(scores, k, lengths=lengths, sorted=False)
+    np.testing.assert_array_equal(rising, reference.top_k(scores, k, lengths, sorted_=False))
     np.testing.assert_array_equal(got, ops.top_k(scores, k, lengths=lengths, backend="reference"))
 
 
@@ -53,6 +55,7 @@ def test_top_k_of_long_rows_in_any_order(order: str) -> None:
     scores = np.stack([rows[order]] * 2).astype(np.float32)
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :2048]
     np.testing.assert_array_equal(ops.top_k(scores, 2048), expected)
+    np.testing.assert_array_equal(ops.top_k(scores, 2048, sorted=False), np.sort(expected))
 
 
 @st.composite
@@ -81,6 +84,31 @@ def test_exact_scores_and_their_selection_equal_the_reference(inputs: dict[str, 
     chosen = ops.index_top_k(**inputs, top_k=k)
     np.testing.assert_array_equal(chosen, ops.top_k(scores, k))
     np.testing.assert_array_equal(chosen, ops.index_top_k(**inputs, top_k=k, backend="reference"))
+
+
+DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn", "int8"]
+
+
+@quick
+@given(index_inputs(), st.integers(1, 250), st.sampled_from(DTYPES), st.sampled_from(DTYPES))
+def test_every_pair_of_dtypes_selects_what_the_reference_does(
+    inputs: dict[str, np.ndarray], k: int, q_dtype: str, k_dtype: str
+) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    for name, dtype in (("q", q_dtype), ("k", k_dtype)):  # whole numbers from -3 to 3 are exact in each
+        inputs[name] = inputs[name].astype(getattr(ml_dtypes, dtype, dtype))
+    np.testing.assert_array_equal(ops.index_scores(**inputs), ops.index_scores(**inputs, backend="reference"))
+    for sorted_ in (True, False):
+        got = ops.index_top_k(**inputs, top_k=k, sorted=sorted_)
+        want = ops.index_top_k(**inputs, top_k=k, sorted=sorted_, backend="reference")
+        np.testing.assert_array_equal(got, want)
+
+
+def test_bytes_of_every_size_are_multiplied_exactly() -> None:
+    rng = np.random.default_rng(6)
+    q, k = (rng.integers(-128, 128, shape).astype(np.int8) for shape in ((3, 64, 128), (300, 128)))
+    weights = np.eye(64, dtype=np.float32)[[0, 17, 63]]
+    np.testing.assert_array_equal(ops.index_scores(q, k, weights), reference.index_scores(q, k, weights))
 
 
 def test_scores_of_real_numbers_are_near_the_reference() -> None:

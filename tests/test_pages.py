@@ -63,12 +63,27 @@ def test_special_values_do_not_spoil_their_group() -> None:
     np.testing.assert_allclose(ops.dequantize_fp8(codes, scales)[0], [1.0, np.nan, 2.0, -2.0, -2.0, 0.0], rtol=0.04)
 
 
+@quick
+@given(st.integers(0, 5), st.integers(0, 200), st.floats(1e-6, 1e6), st.integers(0, 2**32))
+def test_int8_codes_equal_the_reference(N: int, D: int, size: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((N, D)) * size).astype(np.float32)
+    x[rng.random((N, D)) < 0.01] = rng.choice([np.inf, -np.inf, np.nan])
+    codes, scales = ops.quantize_int8(x)
+    want_codes, want_scales = ops.quantize_int8(x, backend="reference")
+    np.testing.assert_array_equal(scales, want_scales)
+    np.testing.assert_array_equal(codes, want_codes)
+    finite = np.isfinite(x) & np.isfinite(scales)[:, None]
+    step = np.broadcast_to(scales[:, None], x.shape)
+    assert (np.abs(codes * step - x)[finite] <= step[finite] * 0.5001).all()
+
+
 def empty_cache(kind: str, blocks: int, dim: int, value_dim: int | None) -> Any:
     if kind == "fp8" and value_dim is not None:
         row = value_dim + 4 * -(-value_dim // 128) + 2 * (dim - value_dim)
         return np.zeros((blocks, 64, row), np.uint8)
-    if kind == "fp8":
-        return np.zeros((blocks, 64 * (dim + 4)), np.uint8)
+    if kind in ("fp8", "int8"):
+        return np.zeros((blocks, 64 * (dim + 4)), np.uint8 if kind == "fp8" else np.int8)
     return np.zeros((blocks, 64, dim), np.float32)
 
 
@@ -101,7 +116,7 @@ def test_latent_rows_come_back_from_their_slots(kind: str, C: int, R: int, slots
 
 @quick
 @given(
-    st.sampled_from(["float32", "fp8"]),
+    st.sampled_from(["float32", "fp8", "int8"]),
     st.integers(1, 128),
     st.lists(st.integers(0, 127), unique=True, max_size=40),
     st.integers(0, 2**32),
@@ -112,8 +127,12 @@ def test_index_keys_come_back_from_their_slots(kind: str, Di: int, slots: list[i
     ops.write_index_cache(keys, cache, slots)
     got = ops.read_index_cache(cache, slots, dim=Di)
     np.testing.assert_allclose(got, reference.read_index_cache(cache, np.array(slots, int), Di), rtol=1e-6)
-    codes, scales = reference.quantize_fp8(keys)
-    want = keys if kind == "float32" else reference.dequantize_fp8(codes, scales)
+    if kind == "int8":
+        codes, scales = reference.quantize_int8(keys)
+        want = codes * scales[:, None]
+    else:
+        codes, scales = reference.quantize_fp8(keys)
+        want = keys if kind == "float32" else reference.dequantize_fp8(codes, scales)
     np.testing.assert_allclose(got, want, rtol=1e-6)
     untouched = np.setdiff1d(np.arange(128), slots)
     assert not ops.read_index_cache(cache, untouched, dim=Di).any()
@@ -199,9 +218,15 @@ def test_paged_attention_is_contiguous_attention_of_each_sequence(
 
 
 @quick
-@given(BATCHES, st.sampled_from(["float32", "fp8"]), st.integers(1, 300), st.integers(0, 2**32))
+@given(
+    BATCHES,
+    st.sampled_from(["float32", "fp8", "int8"]),
+    st.sampled_from([np.float32, np.int8]),
+    st.integers(1, 300),
+    st.integers(0, 2**32),
+)
 def test_paged_selection_is_contiguous_selection_of_each_sequence(
-    shape: list[tuple[int, int]], kind: str, k: int, seed: int
+    shape: list[tuple[int, int]], kind: str, query: type, k: int, seed: int
 ) -> None:
     batch, rng = Batch(shape, seed), np.random.default_rng(seed)
     Hi, Di = 5, 24
@@ -209,7 +234,7 @@ def test_paged_selection_is_contiguous_selection_of_each_sequence(
     ops.write_index_cache(
         rng.integers(-2, 3, (64 * batch.blocks, Di)).astype(np.float32), cache, range(64 * batch.blocks)
     )
-    q = rng.integers(-2, 3, (batch.N, Hi, Di)).astype(np.float32)
+    q = rng.integers(-2, 3, (batch.N, Hi, Di)).astype(query)
     weights = rng.integers(-2, 3, (batch.N, Hi)).astype(np.float32)
     scores = ops.index_scores_paged(q, weights, cache=cache, **batch.arguments)
     chosen = ops.index_top_k_paged(q, weights, k, cache=cache, **batch.arguments)
@@ -217,11 +242,12 @@ def test_paged_selection_is_contiguous_selection_of_each_sequence(
     np.testing.assert_array_equal(chosen, ops.top_k(scores, k))
     for rows, slots in batch.parts:
         assert np.isneginf(scores[rows, len(slots) :]).all()
-        if kind == "fp8":  # the codes and the scale apart, as the pages hold them
+        if kind != "float32":  # the codes and the scale apart, as the pages hold them
             pages = cache.reshape(batch.blocks, -1)
             codes = pages[:, : 64 * Di].reshape(-1, Di)[slots]
             scale = np.ascontiguousarray(pages[:, 64 * Di :]).view("<f4").reshape(-1)[slots]
-            keys = {"k": reference.e4m3_values()[codes].astype(np.float32), "k_scale": scale}
+            values = codes if kind == "int8" else reference.e4m3_values()[codes].astype(np.float32)
+            keys = {"k": values, "k_scale": scale}
         else:
             keys = {"k": ops.read_index_cache(cache, slots, dim=Di)}
         alone = ops.index_scores(q[rows], weights=weights[rows], **keys)
@@ -310,6 +336,11 @@ def test_a_read_only_cache_is_refused() -> None:
     cache.flags.writeable = False
     with pytest.raises(ValueError, match=r"cache: .*not writeable"):
         ops.write_index_cache(np.ones((1, 4), np.float32), cache, [0])
+
+
+def test_int8_is_no_format_of_latent_rows() -> None:
+    with pytest.raises(ValueError, match="cache: expected float32 or bfloat16 or uint8"):
+        ops.write_latent_cache(np.ones((1, 4), np.float32), np.zeros((1, 64, 8), np.int8), [0], value_dim=4)
 
 
 @pytest.mark.parametrize("slot", [-1, 128])

@@ -25,7 +25,8 @@ class CacheLayout:
     """Shapes of a block's rows.
 
     Args:
-        kv_cache_dtype: "float32", "bfloat16" or "fp8" (e4m3 with a scale for each 128 values, rotated part in bf16).
+        kv_cache_dtype: "float32", "bfloat16" or "fp8": latent rows in e4m3 with a scale for each 128 values, their
+            rotated part in bf16; index keys in int8 with a scale each, which CPUs multiply as they lie.
         kv_lora_rank: C.
         qk_rope_head_dim: R.
         index_head_dim: Di.
@@ -50,7 +51,7 @@ class CacheLayout:
 
     @property
     def index_width(self) -> int:
-        """Elements of an index key: bytes for fp8 (132 for Di = 128)."""
+        """Elements of an index key: bytes for fp8 (132 for Di = 128: 128 int8 codes and a scale)."""
         return self.index_head_dim + 4 if self.kv_cache_dtype == "fp8" else self.index_head_dim
 
 

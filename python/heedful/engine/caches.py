@@ -12,11 +12,12 @@ import torch
 from heedful.config import ModelConfig
 from heedful.engine.cache_layout import BLOCK_SIZE, KVCacheDtype, cache_layout
 
-_ELEMENTS: dict[KVCacheDtype, torch.dtype] = {
+_LATENTS: dict[KVCacheDtype, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "fp8": torch.uint8,
 }
+_INDEX_KEYS = {**_LATENTS, "fp8": torch.int8}
 
 
 class KVCaches:
@@ -35,15 +36,19 @@ class KVCaches:
         self.layout = cache_layout(config, kv_cache_dtype)
         self.num_blocks = num_blocks
 
-        def blocks(width: int) -> torch.Tensor:
-            shape, dtype = (num_blocks, BLOCK_SIZE, width), _ELEMENTS[kv_cache_dtype]
+        def blocks(width: int, dtype: torch.dtype) -> torch.Tensor:
+            shape = (num_blocks, BLOCK_SIZE, width)
             if device.type != "cpu":
                 return torch.zeros(shape, dtype=dtype, device=device)
             # NumPy's zeros are pages the system gives when they are first written; torch would touch them all now.
             return torch.from_numpy(np.zeros((*shape, dtype.itemsize), dtype=np.uint8)).view(dtype).view(shape)
 
-        self.latent = [blocks(self.layout.latent_width) for _ in range(config.num_hidden_layers)]
-        self.index = [blocks(self.layout.index_width) if kind == "full" else None for kind in config.indexer_types]
+        latent, index = _LATENTS[kv_cache_dtype], _INDEX_KEYS[kv_cache_dtype]
+        layers = config.num_hidden_layers
+        self.latent = [blocks(self.layout.latent_width, latent) for _ in range(layers)]
+        self.index = [
+            blocks(self.layout.index_width, index) if kind == "full" else None for kind in config.indexer_types
+        ]
 
     @property
     def latent_bytes(self) -> int:

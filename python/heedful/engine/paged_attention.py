@@ -76,9 +76,12 @@ class PagedAttention:
         """Writes this step's index keys and picks each query's keys: int32 [N, K]."""
         cache = self.caches.index[layer]
         assert cache is not None, f"layer {layer} has an indexer and no cache for its keys"
-        query, key = index.query, index.key
-        if self.caches.layout.kv_cache_dtype == "fp8":
-            # The rotation leaves exact dot products unchanged and spreads outliers before e4m3 rounds them.
-            query, key = ops.hadamard(query), ops.hadamard(key)
+        query, key, weights = index.query, index.key, index.weights
+        if cache.dtype == torch.int8:
+            # The rotation leaves exact dot products unchanged and spreads outliers before they are rounded to bytes.
+            key = ops.hadamard(key)
+            query, scales = ops.quantize_int8(ops.hadamard(query))
+            weights = weights * scales
         ops.write_index_cache(key, cache, self.layout.slot_mapping)
-        return ops.index_top_k_paged(query, index.weights, self.index_topk, cache=cache, **self.pages)
+        # In rising order, which is how the rows lie in the pages that are read next.
+        return ops.index_top_k_paged(query, weights, self.index_topk, cache=cache, sorted=False, **self.pages)

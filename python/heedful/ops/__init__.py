@@ -15,6 +15,7 @@ from heedful.ops.indexer import index_scores, index_scores_paged, index_top_k, i
 from heedful.ops.pages import (
     dequantize_fp8,
     quantize_fp8,
+    quantize_int8,
     read_index_cache,
     read_latent_cache,
     write_index_cache,
@@ -33,6 +34,7 @@ __all__ = [
     "index_top_k",
     "index_top_k_paged",
     "quantize_fp8",
+    "quantize_int8",
     "read_index_cache",
     "read_latent_cache",
     "set_num_threads",

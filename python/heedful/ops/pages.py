@@ -1,9 +1,9 @@
-"""Pages of the caches: writing and reading rows, and the FP8 codec.
+"""Pages of the caches: writing and reading rows, and the codecs.
 
 A page holds 64 tokens; slot = block * 64 + offset. Rows of an FP8 latent cache hold codes, float32 scales,
-then bfloat16 rotary values; pages of an FP8 index cache hold 64 rows of codes, then 64 float32 scales.
+then bfloat16 rotary values; pages of an FP8 or int8 index cache hold 64 rows of codes, then 64 float32 scales.
 
-| cache | float32 or bfloat16 | FP8, uint8 |
+| cache | float32 or bfloat16 | FP8 (uint8), int8 (index keys alone) |
 |---|---|---|
 | latent | [num_blocks, 64, C + R] | [num_blocks, 64, C + 4 ceil(C / 128) + 2 R] |
 | index key | [num_blocks, 64, Di] | [num_blocks, 64 * (Di + 4)] or [num_blocks, 64, Di + 4] |
@@ -23,6 +23,7 @@ from heedful.ops import reference
 Batch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 _STORAGE = ("float32", "bfloat16", "uint8")
+_INDEX_STORAGE = (*_STORAGE, "int8")
 
 
 def write_latent_cache(latent: A, cache: A, slot_mapping: Any, *, value_dim: int) -> None:
@@ -102,6 +103,35 @@ def quantize_fp8(x: A, *, group_size: int = 128, backend: str = "auto") -> tuple
     return call.give(codes, "uint8"), call.give(scales, "float32")
 
 
+def quantize_int8(x: A, *, backend: str = "auto") -> tuple[A, A]:
+    """int8 codes of the last dimension with one scale: scale = max(amax, 1e-4) / 127, codes = round(x / scale).
+
+    For index queries and keys after the Hadamard rotation: `index_scores` multiplies bytes fastest. The scale of
+    a key is its `k_scale`; that of a query's head belongs in `weights`. Rounds to nearest even; infinities
+    saturate, and a NaN is told by its row's scale, which is NaN.
+
+    Args:
+        x: [..., D] float32, bfloat16 or float16.
+        backend: "auto", "cpu" or "reference".
+
+    Returns:
+        codes int8 [..., D] from -127 to 127 and scales float32 [...].
+
+    Raises:
+        ValueError: an argument of another dtype or value.
+    """
+    call = Arguments(backend)
+    view = call.take("x", x, FLOATS, "...")
+    if view.data.ndim == 0:
+        raise ValueError("x: expected at least one dimension, got a scalar")
+    if call.reference:
+        codes, scales = reference.quantize_int8(view.float64())
+    else:
+        codes, scales = np.empty(view.shape, np.int8), np.empty(view.shape[:-1], np.float32)
+        _core.quantize_int8(view.data, view.shape[-1], codes, scales)
+    return call.give(codes, "int8"), call.give(scales, "float32")
+
+
 def dequantize_fp8(codes: A, scales: A, *, group_size: int = 128, backend: str = "auto") -> A:
     """Codes (uint8 or float8_e4m3fn [..., D]) times their scales (float32 [..., ceil(D / group_size)]).
 
@@ -127,15 +157,16 @@ def dequantize_fp8(codes: A, scales: A, *, group_size: int = 128, backend: str =
 
 def storage(call: Arguments, cache: Any, dim: int, value_dim: int | None) -> View:
     """Views a cache in place: latent rows of `dim` numbers if there is a `value_dim`, else index keys."""
-    fp8 = str(getattr(cache, "dtype", "")).removeprefix("torch.") == "uint8"
-    if not fp8:
-        return call.take("cache", cache, _STORAGE, f"num_blocks, 64, {dim}", in_place=True)
+    dtype = str(getattr(cache, "dtype", "")).removeprefix("torch.")
+    dtypes = _STORAGE if value_dim is not None else _INDEX_STORAGE
+    if dtype not in ("uint8", "int8"):
+        return call.take("cache", cache, dtypes, f"num_blocks, 64, {dim}", in_place=True)
     if value_dim is not None:
         row = value_dim + 4 * -(-value_dim // 128) + 2 * (dim - value_dim)
-        return call.take("cache", cache, _STORAGE, f"num_blocks, 64, {row}", in_place=True)
+        return call.take("cache", cache, dtypes, f"num_blocks, 64, {row}", in_place=True)
     flat = getattr(cache, "ndim", 3) == 2
     shape = f"num_blocks, {64 * (dim + 4)}" if flat else f"num_blocks, 64, {dim + 4}"
-    return call.take("cache", cache, _STORAGE, shape, in_place=True)
+    return call.take("cache", cache, dtypes, shape, in_place=True)
 
 
 def paged_arguments(call: Arguments, pages: View, block_tables: Any, seq_lens: Any, query_start_loc: Any) -> Batch:

@@ -38,8 +38,11 @@ def index_scores(
     return np.where(visible, scores, -np.inf)
 
 
-def top_k(scores: Array, k: int, lengths: Array | None = None) -> Array:
-    """Positions of the k best: highest first, on ties the lowest; NaN comes last, -inf never; then -1."""
+def top_k(scores: Array, k: int, lengths: Array | None = None, sorted_: bool = True) -> Array:
+    """Positions of the k best: highest first, on ties the lowest; NaN comes last, -inf never; then -1.
+
+    The same in rising order unless `sorted_`.
+    """
     out = np.full((len(scores), k), -1, np.int32)
     for t, row in enumerate(np.asarray(scores, np.float64)):
         row = row[: None if lengths is None else lengths[t]]
@@ -47,7 +50,7 @@ def top_k(scores: Array, k: int, lengths: Array | None = None) -> Array:
             np.flatnonzero(row != -np.inf),
             key=lambda s: (np.isnan(row[s]), -row[s] if row[s] == row[s] else 0, s),
         )[:k]
-        out[t, : len(best)] = best
+        out[t, : len(best)] = best if sorted_ else np.sort(best)
     return out
 
 
@@ -147,6 +150,18 @@ def quantize_fp8(x: Array, group_size: int = GROUP) -> tuple[Array, Array]:
     return codes, scales
 
 
+def quantize_int8(x: Array) -> tuple[Array, Array]:
+    """codes = round(x / scale), scale = max(amax, 1e-4) / 127 of each row, in float32 arithmetic; a NaN in a row is
+    told by its scale.
+    """
+    x = np.asarray(x, np.float32)
+    amax = np.where(np.isfinite(x), np.abs(x), 0).max(-1, initial=0)
+    scales = np.maximum(amax, np.float32(1e-4)) / np.float32(127)
+    with np.errstate(invalid="ignore"):
+        codes = np.rint(np.clip(np.nan_to_num(x / scales[..., None], nan=0, posinf=127, neginf=-127), -127, 127))
+    return codes.astype(np.int8), np.where(np.isnan(x).any(-1), np.float32(np.nan), scales)
+
+
 def dequantize_fp8(codes: Array, scales: Array, group_size: int = GROUP) -> Array:
     """Value of each code times the scale of its group."""
     return e4m3_values()[codes] * np.repeat(scales, group_size, axis=-1)[..., : codes.shape[-1]]
@@ -165,12 +180,13 @@ def read_latent_cache(cache: Array, slots: Array, value_dim: int) -> Array:
 
 def read_index_cache(cache: Array, slots: Array, dim: int) -> Array:
     """Keys of an index cache: plain numbers, or pages of 64 rows of codes followed by 64 scales."""
-    if cache.dtype != np.uint8:
+    if cache.dtype not in (np.uint8, np.int8):
         return cache.reshape(-1, dim)[slots].astype(np.float64)
     pages = cache.reshape(len(cache), -1)
     codes = pages[:, : PAGE * dim].reshape(-1, dim)
     scales = np.ascontiguousarray(pages[:, PAGE * dim :]).view("<f4").reshape(-1, 1)
-    return e4m3_values()[codes[slots]] * scales[slots]
+    values = codes[slots] if cache.dtype == np.int8 else e4m3_values()[codes[slots]]
+    return values * scales[slots].astype(np.float64)
 
 
 def sequences(block_tables: Array, seq_lens: Array, query_start_loc: Array) -> Iterator[tuple[slice, Array]]:

@@ -40,6 +40,41 @@ impl<'a> Elements<'a> {
         self.len() == 0
     }
 
+    /// Address of the first value, and bytes of each.
+    pub(crate) fn base(&self) -> (usize, usize) {
+        match self {
+            Self::F32(x) => (x.as_ptr().addr(), 4),
+            Self::Bf16(x) => (x.as_ptr().addr(), 2),
+            Self::F16(x) => (x.as_ptr().addr(), 2),
+            Self::E4m3(x) => (x.as_ptr().addr(), 1),
+            Self::I8(x) => (x.as_ptr().addr(), 1),
+        }
+    }
+
+    /// Values `start .. start + count`.
+    #[inline]
+    pub(crate) fn slice(&self, start: usize, count: usize) -> Self {
+        match self {
+            Self::F32(x) => Self::F32(&x[start..][..count]),
+            Self::Bf16(x) => Self::Bf16(&x[start..][..count]),
+            Self::F16(x) => Self::F16(&x[start..][..count]),
+            Self::E4m3(x) => Self::E4m3(&x[start..][..count]),
+            Self::I8(x) => Self::I8(&x[start..][..count]),
+        }
+    }
+
+    /// The memory of the values.
+    #[inline]
+    pub(crate) fn bytes(&self) -> &'a [u8] {
+        match self {
+            Self::F32(x) => bytemuck::cast_slice(x),
+            Self::Bf16(x) => bytemuck::cast_slice(x.reinterpret_cast()),
+            Self::F16(x) => bytemuck::cast_slice(x.reinterpret_cast()),
+            Self::E4m3(x) => x,
+            Self::I8(x) => bytemuck::cast_slice(x),
+        }
+    }
+
     /// Writes values `start .. start + dst.len()` to `dst` as f32; exact for every dtype.
     #[inline]
     pub fn widen(&self, start: usize, dst: &mut [f32]) {
@@ -52,6 +87,16 @@ impl<'a> Elements<'a> {
             Self::I8(x) => dst.iter_mut().zip(&x[start..end]).for_each(|(d, &s)| *d = f32::from(s)),
         }
     }
+}
+
+/// Rounds to bf16, to nearest even; NaN stays NaN.
+#[inline(always)]
+pub(crate) fn round_bf16(x: f32) -> bf16 {
+    let bits = x.to_bits();
+    let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1))) >> 16;
+    // Without a branch, so that loops vectorise; a NaN keeps its upper bits and is made quiet.
+    let quiet = (bits >> 16) | 0x40;
+    bf16::from_bits(if x.is_nan() { quiet } else { rounded } as u16)
 }
 
 /// Widens bf16 to f32 by a shift.
@@ -102,7 +147,7 @@ impl<'a> ElementsMut<'a> {
         let end = start + src.len();
         match self {
             Self::F32(x) => x[start..end].copy_from_slice(src),
-            Self::Bf16(x) => x[start..end].convert_from_f32_slice(src),
+            Self::Bf16(x) => x[start..end].iter_mut().zip(src).for_each(|(d, &s)| *d = round_bf16(s)),
             Self::F16(x) => x[start..end].convert_from_f32_slice(src),
         }
     }

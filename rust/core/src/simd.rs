@@ -3,7 +3,11 @@
 //! A kernel is written once, generic over [`Simd`], and compiled for each level inside a function that enables the level's
 //! features ([`dispatch`]); one build therefore serves every machine. Adding a level touches this file alone.
 
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
 use std::sync::OnceLock;
+
+use bytemuck::{Pod, Zeroable};
 
 use crate::argument::{ArgumentError, Result};
 
@@ -13,41 +17,77 @@ pub const ENVIRONMENT: &str = "HEEDFUL_SIMD";
 /// Every buffer a kernel loads vectors from is padded to a multiple of this many f32 (one cache line).
 pub(crate) const PAD: usize = 16;
 
-/// An instruction set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// An instruction set; each has what those before it on its architecture have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
-    /// What the target always has (SSE2, NEON), through arrays that LLVM vectorises.
+    /// What the target always has, through arrays that LLVM vectorises.
     Portable,
+    /// NEON: 4 lanes of f32.
+    Neon,
     /// AVX2 with FMA: 8 lanes.
     Avx2,
-    /// AVX-512F: 16 lanes.
+    /// AVX-512 F, BW, DQ and VL, with the bit counting that came before: 16 lanes, masks, compression.
     Avx512,
+    /// AVX-512 VNNI beside them: dot products of bytes.
+    Avx512Vnni,
+    /// AVX-512 BF16 beside them: dot products of bfloat16.
+    Avx512Bf16,
 }
 
 impl Level {
     /// Every level, weakest first.
-    pub const ALL: [Level; 3] = [Level::Portable, Level::Avx2, Level::Avx512];
+    pub const ALL: [Level; 6] =
+        [Self::Portable, Self::Neon, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Avx512Bf16];
 
     /// The name used in `HEEDFUL_SIMD`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",
+            Self::Neon => "neon",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Vnni => "avx512_vnni",
+            Self::Avx512Bf16 => "avx512_bf16",
         }
     }
 
     /// True when this machine can run it.
+    #[inline]
     pub fn available(self) -> bool {
         match self {
             Self::Portable => true,
+            Self::Neon => cfg!(target_arch = "aarch64"),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => is_x86_feature_detected!("avx512f") && Self::Avx2.available(),
+            Self::Avx512 => {
+                Self::Avx2.available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("bmi1")
+                    && is_x86_feature_detected!("popcnt")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => Self::Avx512.available() && is_x86_feature_detected!("avx512vnni"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => Self::Avx512Vnni.available() && is_x86_feature_detected!("avx512bf16"),
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
+    }
+
+    /// True when this machine can run `self` and it has what `needed` has: the test before a function that enables the
+    /// features of `needed` is called.
+    #[inline]
+    pub(crate) fn runs(self, needed: Level) -> bool {
+        self >= needed && needed.available()
+    }
+
+    /// The best level that this machine can run.
+    pub fn best() -> Level {
+        Self::ALL.into_iter().rev().find(|l| l.available()).unwrap_or(Self::Portable)
     }
 
     /// The level operators run at: the best available, or the one `HEEDFUL_SIMD` names. Decided once a process.
@@ -58,12 +98,15 @@ impl Level {
         static CHOICE: OnceLock<std::result::Result<Level, String>> = OnceLock::new();
         let choice = CHOICE.get_or_init(|| {
             let Some(raw) = std::env::var_os(ENVIRONMENT) else {
-                return Ok(Self::ALL.into_iter().rev().find(|l| l.available()).unwrap_or(Self::Portable));
+                return Ok(Self::best());
             };
             match Self::ALL.into_iter().find(|l| raw == l.name()) {
                 Some(level) if level.available() => Ok(level),
                 Some(level) => Err(format!("this machine has no {}", level.name())),
-                None => Err(format!("expected portable, avx2 or avx512, got {raw:?}")),
+                None => {
+                    let names = Self::ALL.map(Self::name).join(", ");
+                    Err(format!("expected one of {names}, got {raw:?}"))
+                }
             }
         });
         choice.clone().map_err(|reason| ArgumentError::Setting { name: ENVIRONMENT, reason })
@@ -106,17 +149,20 @@ pub(crate) trait Kernel {
 pub(crate) fn dispatch<K: Kernel>(level: Level, kernel: K) -> K::Output {
     match level {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: `available` has just seen the features that the function enables.
-        Level::Avx512 if level.available() => unsafe { x86::run_avx512(kernel) },
+        // SAFETY: `runs` has just seen the features that the function enables.
+        _ if level.runs(Level::Avx512) => unsafe { x86::run_avx512(kernel) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        Level::Avx2 if level.available() => unsafe { x86::run_avx2(kernel) },
+        _ if level.runs(Level::Avx2) => unsafe { x86::run_avx2(kernel) },
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: NEON is part of aarch64.
+        _ if level.runs(Level::Neon) => unsafe { kernel.run::<neon::Neon>() },
         // SAFETY: the portable level uses no instruction beyond the target's own.
         _ => unsafe { kernel.run::<Portable>() },
     }
 }
 
-/// Four lanes in an array: what SSE2 and NEON hold in a register.
+/// Four lanes in an array: what SSE2 holds in a register.
 #[derive(Clone, Copy)]
 pub(crate) struct Portable;
 
@@ -144,10 +190,8 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn mul_add(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-        // Fused only where the target has the instruction: the library routine is some fifty times slower.
-        std::array::from_fn(|i| {
-            if cfg!(target_arch = "aarch64") { a[i].mul_add(b[i], c[i]) } else { a[i] * b[i] + c[i] }
-        })
+        // Not fused: without the instruction, the library routine is some fifty times slower.
+        std::array::from_fn(|i| a[i] * b[i] + c[i])
     }
     #[inline(always)]
     unsafe fn relu(v: Self::V) -> Self::V {
@@ -178,8 +222,8 @@ mod x86 {
     }
 
     /// # Safety
-    /// The machine must have AVX-512F, AVX2 and FMA.
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    /// The machine must have what [`super::Level::Avx512`] names.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi1,popcnt")]
     pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
         // SAFETY: this function's own condition.
         unsafe { kernel.run::<Avx512>() }
@@ -280,35 +324,93 @@ mod x86 {
     }
 }
 
-/// A zeroed f32 buffer on cache-line boundaries, so that no vector load straddles two lines.
-#[derive(Default)]
-pub(crate) struct AlignedBuffer {
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    //! NEON, which every aarch64 machine has.
+    use super::Simd;
+    use std::arch::aarch64::*;
+
+    #[derive(Clone, Copy)]
+    pub(crate) struct Neon;
+
+    // SAFETY: as for the levels of x86: pointers are good for LANES values by the trait's condition.
+    #[allow(clippy::undocumented_unsafe_blocks)]
+    impl Simd for Neon {
+        type V = float32x4_t;
+        const LANES: usize = 4;
+
+        #[inline(always)]
+        unsafe fn zero() -> Self::V {
+            unsafe { vdupq_n_f32(0.0) }
+        }
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self::V {
+            unsafe { vdupq_n_f32(x) }
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self::V {
+            unsafe { vld1q_f32(p) }
+        }
+        #[inline(always)]
+        unsafe fn store(p: *mut f32, v: Self::V) {
+            unsafe { vst1q_f32(p, v) }
+        }
+        #[inline(always)]
+        unsafe fn mul_add(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+            unsafe { vfmaq_f32(c, a, b) }
+        }
+        #[inline(always)]
+        unsafe fn relu(v: Self::V) -> Self::V {
+            // FMAX gives NaN when either operand is.
+            unsafe { vmaxq_f32(vdupq_n_f32(0.0), v) }
+        }
+        #[inline(always)]
+        unsafe fn keep(v: Self::V, mask: Self::V) -> Self::V {
+            unsafe { vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), vreinterpretq_u32_f32(mask))) }
+        }
+        #[inline(always)]
+        unsafe fn sum(v: Self::V) -> f32 {
+            unsafe { vaddvq_f32(v) }
+        }
+    }
+}
+
+/// A zeroed buffer of numbers on cache-line boundaries, so that no vector load straddles two lines.
+pub(crate) struct AlignedBuffer<T = f32> {
     lines: Vec<Line>,
+    items: PhantomData<T>,
 }
 
 #[repr(C, align(64))]
-#[derive(Clone, Copy)]
-struct Line([f32; PAD]);
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Line([u8; 64]);
 
-impl AlignedBuffer {
-    /// A buffer of at least `len` zeros.
-    pub fn zeroed(len: usize) -> Self {
-        Self { lines: vec![Line([0.0; PAD]); len.div_ceil(PAD)] }
+impl<T: Pod> AlignedBuffer<T> {
+    /// Makes it hold at least `len` items; new ones are zeros.
+    pub fn reserve(&mut self, len: usize) {
+        let lines = len.checked_mul(size_of::<T>()).expect("fits memory").div_ceil(size_of::<Line>());
+        if self.lines.len() < lines {
+            self.lines.resize(lines, Line::zeroed());
+        }
     }
 }
 
-impl std::ops::Deref for AlignedBuffer {
-    type Target = [f32];
-    fn deref(&self) -> &[f32] {
-        // SAFETY: `Line` is repr(C) around PAD floats, size 64 = its alignment, so lines are floats without gaps.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.lines.len() * PAD) }
+impl<T> Default for AlignedBuffer<T> {
+    fn default() -> Self {
+        Self { lines: Vec::new(), items: PhantomData }
     }
 }
 
-impl std::ops::DerefMut for AlignedBuffer {
-    fn deref_mut(&mut self) -> &mut [f32] {
-        // SAFETY: as in `deref`; the borrow is exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.lines.len() * PAD) }
+impl<T: Pod> Deref for AlignedBuffer<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        bytemuck::cast_slice(&self.lines)
+    }
+}
+
+impl<T: Pod> DerefMut for AlignedBuffer<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        bytemuck::cast_slice_mut(&mut self.lines)
     }
 }
 

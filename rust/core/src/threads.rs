@@ -4,10 +4,12 @@
 //! and a forked child gets new threads (a fork copies the pool but not its threads, so using it would wait for ever).
 
 use std::env::VarError;
+use std::ops::{Deref, DerefMut};
 use std::process;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::available_parallelism;
 
+use crossbeam_utils::atomic::AtomicCell;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use thiserror::Error;
 
@@ -125,6 +127,75 @@ pub fn set_num_threads(count: usize) -> Result<(), ThreadsError> {
     Ok(())
 }
 
+/// Places of an arena; so many leases keep their memory from call to call.
+const PLACES: usize = 64;
+
+/// Working memory in the caller's hands: what a task has lent goes back when its lease ends, and the next task finds it there
+/// with its buffers grown, so that a call like the last one allocates nothing. Takes no lock, and so survives a fork.
+pub struct Arena<T> {
+    places: [AtomicCell<Option<Box<T>>>; PLACES],
+}
+
+impl<T> Default for Arena<T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<T> Arena<T> {
+    /// An arena without memory.
+    pub const fn new() -> Self {
+        Self { places: [const { AtomicCell::new(None) }; PLACES] }
+    }
+
+    /// The places, those that this thread is likely to have used first.
+    fn places(&self) -> impl Iterator<Item = &AtomicCell<Option<Box<T>>>> {
+        let first = rayon::current_thread_index().unwrap_or(0) % PLACES;
+        self.places[first..].iter().chain(&self.places[..first])
+    }
+
+    /// Memory for one task; its contents are what an earlier task left.
+    pub fn lend(&self) -> Lease<'_, T>
+    where
+        T: Default,
+    {
+        let memory = self.places().find_map(AtomicCell::take).unwrap_or_default();
+        Lease { arena: self, memory: Some(memory) }
+    }
+}
+
+/// Memory lent by an [`Arena`].
+pub struct Lease<'a, T> {
+    arena: &'a Arena<T>,
+    /// Always there until the lease ends.
+    memory: Option<Box<T>>,
+}
+
+impl<T> Deref for Lease<'_, T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        self.memory.as_ref().expect("taken by drop alone")
+    }
+}
+
+impl<T> DerefMut for Lease<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        self.memory.as_mut().expect("taken by drop alone")
+    }
+}
+
+impl<T> Drop for Lease<'_, T> {
+    fn drop(&mut self) {
+        let mut memory = self.memory.take();
+        for place in self.arena.places() {
+            memory = place.swap(memory);
+            if memory.is_none() {
+                break;
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -138,5 +209,19 @@ mod tests {
         assert!(set_num_threads(MAX_THREADS + 1).is_err());
         assert_eq!(num_threads().unwrap(), 3);
         assert_eq!(install(|| (0..1000u64).into_par_iter().sum::<u64>()).unwrap(), 499_500);
+    }
+
+    #[test]
+    fn a_lease_finds_what_an_earlier_one_left_and_two_at_a_time_are_apart() {
+        assert!(AtomicCell::<Option<Box<Vec<i32>>>>::is_lock_free());
+        let arena = Arena::<Vec<i32>>::new();
+        arena.lend().push(1);
+        let mut first = arena.lend();
+        let second = arena.lend();
+        assert_eq!((&first[..], &second[..]), (&[1][..], &[][..]));
+        first.push(2);
+        drop((second, first));
+        let (a, b) = (arena.lend(), arena.lend());
+        assert_eq!(a.len() + b.len(), 2);
     }
 }

@@ -2,9 +2,13 @@
 
 use std::ops::Range;
 
+use half::bf16;
+
 use crate::argument::{ArgumentError, Result, ensure, ensure_volume};
 use crate::cache::layout::PAGE_TOKENS;
 use crate::cache::pages::Cache;
+use crate::elements::Elements;
+use crate::simd::Level;
 
 /// The queries of one sequence and its keys.
 #[derive(Clone, Debug)]
@@ -24,12 +28,32 @@ pub struct PagedKeys<'a> {
     table: &'a [i32],
 }
 
-impl PagedKeys<'_> {
+impl<'a> PagedKeys<'a> {
+    /// Values of the index page that `position` lies in and, where the format has them, its scales.
+    #[inline]
+    pub(crate) fn index_page(&self, position: usize) -> (Elements<'a>, Option<&'a [u8]>) {
+        self.cache.index_page(self.table[position / PAGE_TOKENS] as usize)
+    }
+
     /// Reads the row at `position`; returns its factor (see [`Cache`]).
     #[inline]
     pub(crate) fn read(&self, position: usize, dst: &mut [f32]) -> f32 {
-        let block = self.table[position / PAGE_TOKENS] as usize;
-        self.cache.read(block * PAGE_TOKENS + position % PAGE_TOKENS, dst)
+        self.cache.read(self.slot(position), dst)
+    }
+
+    /// Reads the latent row at `position` as bfloat16.
+    #[inline]
+    pub(crate) fn read_half(&self, level: Level, position: usize, dst: &mut [bf16]) {
+        self.cache.read_half(level, self.slot(position), dst);
+    }
+
+    /// Address and bytes of the row at `position`.
+    pub(crate) fn span(&self, position: usize) -> (usize, usize) {
+        self.cache.span(self.slot(position))
+    }
+
+    fn slot(&self, position: usize) -> usize {
+        self.table[position / PAGE_TOKENS] as usize * PAGE_TOKENS + position % PAGE_TOKENS
     }
 }
 
@@ -51,7 +75,17 @@ impl<'a> PagedBatch<'a> {
     /// Lengths that do not fit each other, a sequence longer than its table or shorter than its queries, a block that is
     /// needed but outside the cache.
     pub fn check(&self, queries: usize, blocks: usize) -> Result<()> {
-        self.spans(queries, blocks).map(drop)
+        let columns = self.columns(queries)?;
+        (0..self.seq_lens.len()).try_for_each(|b| self.span(b, columns, blocks).map(drop))
+    }
+
+    /// Sequence `b` of a batch that has been checked, its keys in `cache`.
+    pub(crate) fn sequence(&self, b: usize, cache: Cache<'a>) -> Sequence<PagedKeys<'a>> {
+        let columns = self.block_tables.len() / self.seq_lens.len();
+        let len = self.seq_lens[b] as usize;
+        let table = &self.block_tables[b * columns..][..len.div_ceil(PAGE_TOKENS)];
+        let queries = self.query_start_loc[b] as usize..self.query_start_loc[b + 1] as usize;
+        Sequence { queries, keys: PagedKeys { cache, table }, len }
     }
 
     /// The sequences of a batch whose keys lie in `cache`.
@@ -67,6 +101,12 @@ impl<'a> PagedBatch<'a> {
 
     /// Each sequence with its block table, cut to the pages it fills.
     fn spans(&self, queries: usize, blocks: usize) -> Result<Vec<Sequence<&'a [i32]>>> {
+        let columns = self.columns(queries)?;
+        (0..self.seq_lens.len()).map(|b| self.span(b, columns, blocks)).collect()
+    }
+
+    /// M, after checking that the lengths fit each other.
+    fn columns(&self, queries: usize) -> Result<usize> {
         let (lens, starts) = (self.seq_lens, self.query_start_loc);
         let batch = lens.len();
         ensure(
@@ -85,7 +125,7 @@ impl<'a> PagedBatch<'a> {
         )?;
         let columns = self.block_tables.len().checked_div(batch).unwrap_or(0);
         ensure_volume("block_tables", &[batch, columns], self.block_tables.len())?;
-        (0..batch).map(|b| self.span(b, columns, blocks)).collect()
+        Ok(columns)
     }
 
     fn span(&self, b: usize, columns: usize, blocks: usize) -> Result<Sequence<&'a [i32]>> {

@@ -9,6 +9,12 @@ pub mod batch;
 mod gemm;
 pub mod hadamard;
 pub mod index;
+mod paired;
+mod pairs;
+mod rows;
+mod single;
 mod softmax;
+
 #[cfg(test)]
 mod tests;
+mod wave;

@@ -2,6 +2,8 @@
 
 mod block_pool;
 pub mod fp8;
+mod fp8_half;
+pub mod int8;
 pub mod layout;
 pub mod pages;
 

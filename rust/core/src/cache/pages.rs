@@ -3,18 +3,21 @@
 use half::bf16;
 use rayon::prelude::*;
 
-use super::fp8;
 use super::layout::{LatentLayout, PAGE_TOKENS, index_page_bytes, index_scale_offset, load_f32, store_f32};
+use super::{fp8, fp8_half, int8};
 use crate::argument::{ArgumentError, Result, ensure, ensure_volume, volume};
 use crate::elements::{Elements, take_front};
+use crate::simd::Level;
 
-/// Storage of a cache: rows of numbers, or FP8 pages as bytes.
+/// Storage of a cache: rows of numbers, or pages of codes and scales.
 #[derive(Clone, Copy, Debug)]
 pub enum Pages<'a> {
     /// f32 or bf16 rows.
     Rows(Elements<'a>),
     /// FP8 pages.
     Fp8(&'a [u8]),
+    /// Pages of int8 index keys.
+    Int8(&'a [i8]),
 }
 
 /// Writable storage of a cache.
@@ -26,6 +29,8 @@ pub enum PagesMut<'a> {
     Bf16(&'a mut [bf16]),
     /// FP8 pages.
     Fp8(&'a mut [u8]),
+    /// Pages of int8 index keys.
+    Int8(&'a mut [i8]),
 }
 
 /// Which cache, with the widths that fix its layout.
@@ -54,22 +59,39 @@ impl Layout {
     }
 
     /// Items of one page of storage.
-    fn page_items(&self, fp8: bool) -> usize {
-        if fp8 { self.page_bytes() } else { PAGE_TOKENS * self.dim() }
+    fn page_items(&self, format: Format) -> usize {
+        if format == Format::Numbers { PAGE_TOKENS * self.dim() } else { self.page_bytes() }
     }
 
-    fn check(&self, blocks: usize, items: usize, fp8: bool) -> Result<()> {
+    fn check(&self, blocks: usize, items: usize, format: Format) -> Result<()> {
         ensure(self.dim() > 0, "cache", || "rows of at least 1 value".into(), || "0".into())?;
-        if let Self::Index(dim) = self {
-            let fits = !fp8 || *dim <= fp8::GROUP;
-            ensure(
-                fits,
-                "cache",
-                || format!("FP8 index keys of at most {} values", fp8::GROUP),
-                || dim.to_string(),
-            )?;
+        match self {
+            Self::Index(dim) => {
+                let fits = format != Format::Fp8 || *dim <= fp8::GROUP;
+                let expected = || format!("FP8 index keys of at most {} values", fp8::GROUP);
+                ensure(fits, "cache", expected, || dim.to_string())?;
+            }
+            Self::Latent(_) => {
+                let expected = || "latent rows of numbers or FP8 (int8 is a format of index keys)".into();
+                ensure(format != Format::Int8, "cache", expected, || "int8".into())?;
+            }
         }
-        ensure_volume("cache", &[blocks, self.page_items(fp8)], items)
+        ensure_volume("cache", &[blocks, self.page_items(format)], items)
+    }
+
+    fn read_int8(&self, pages: &[i8], slot: usize, dst: &mut [f32]) -> f32 {
+        let (page, offset) = (slot / PAGE_TOKENS, slot % PAGE_TOKENS);
+        let page = &pages[page * self.page_bytes()..][..self.page_bytes()];
+        for (d, &code) in dst.iter_mut().zip(&page[offset * self.dim()..][..self.dim()]) {
+            *d = f32::from(code);
+        }
+        load_f32(bytemuck::cast_slice(page), index_scale_offset(self.dim(), offset))
+    }
+
+    fn write_int8(&self, page: &mut [i8], offset: usize, row: &[f32]) {
+        let dim = self.dim();
+        let scale = int8::quantize_row(row, &mut page[offset * dim..][..dim]);
+        store_f32(bytemuck::cast_slice_mut(page), index_scale_offset(dim, offset), scale);
     }
 
     fn read_fp8(&self, pages: &[u8], slot: usize, dst: &mut [f32]) -> f32 {
@@ -116,6 +138,14 @@ impl Layout {
     }
 }
 
+/// What an item of storage is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    Numbers,
+    Fp8,
+    Int8,
+}
+
 /// A cache whose size has been checked against its layout.
 #[derive(Clone, Copy, Debug)]
 pub struct Cache<'a> {
@@ -131,8 +161,9 @@ impl<'a> Cache<'a> {
     /// The storage does not hold exactly `blocks` pages of `layout`.
     pub fn new(pages: Pages<'a>, layout: Layout, blocks: usize) -> Result<Self> {
         match pages {
-            Pages::Rows(values) => layout.check(blocks, values.len(), false)?,
-            Pages::Fp8(bytes) => layout.check(blocks, bytes.len(), true)?,
+            Pages::Rows(values) => layout.check(blocks, values.len(), Format::Numbers)?,
+            Pages::Fp8(bytes) => layout.check(blocks, bytes.len(), Format::Fp8)?,
+            Pages::Int8(bytes) => layout.check(blocks, bytes.len(), Format::Int8)?,
         }
         Ok(Self { pages, layout, blocks })
     }
@@ -156,7 +187,71 @@ impl<'a> Cache<'a> {
                 1.0
             }
             Pages::Fp8(bytes) => self.layout.read_fp8(bytes, slot, dst),
+            Pages::Int8(bytes) => self.layout.read_int8(bytes, slot, dst),
         }
+    }
+
+    /// True when rows are bfloat16 or FP8.
+    pub(crate) fn is_half(&self) -> bool {
+        matches!(self.pages, Pages::Fp8(_) | Pages::Rows(Elements::Bf16(_)))
+    }
+
+    /// Reads the latent row in `slot` as bfloat16, FP8 codes times their scale rounded to nearest even. `is_half` must hold.
+    #[inline]
+    pub(crate) fn read_half(&self, level: Level, slot: usize, dst: &mut [bf16]) {
+        match (self.pages, self.layout) {
+            (Pages::Rows(Elements::Bf16(rows)), _) => {
+                dst.copy_from_slice(&rows[slot * dst.len()..][..dst.len()]);
+            }
+            (Pages::Fp8(bytes), Layout::Latent(l)) => {
+                let row = &bytes[slot * l.fp8_row_bytes()..][..l.fp8_row_bytes()];
+                let (values, rope) = dst.split_at_mut(l.value_dim);
+                let groups = values.chunks_mut(fp8::GROUP).zip(row[..l.value_dim].chunks(fp8::GROUP));
+                for (g, (dst, codes)) in groups.enumerate() {
+                    fp8_half::dequantize_group(level, codes, load_f32(row, l.scale_offset(g)), dst);
+                }
+                for (d, raw) in rope.iter_mut().zip(row[l.rope_offset()..].chunks_exact(2)) {
+                    *d = bf16::from_le_bytes([raw[0], raw[1]]);
+                }
+            }
+            _ => unreachable!("is_half has been asked of a latent cache"),
+        }
+    }
+
+    /// Address and bytes of the row in `slot`, of numbers or of an FP8 latent cache.
+    pub(crate) fn span(&self, slot: usize) -> (usize, usize) {
+        match (self.pages, self.layout) {
+            (Pages::Rows(rows), layout) => {
+                let (base, width) = rows.base();
+                (base + slot * layout.dim() * width, layout.dim() * width)
+            }
+            (Pages::Fp8(bytes), Layout::Latent(l)) => {
+                (bytes.as_ptr().addr() + slot * l.fp8_row_bytes(), l.fp8_row_bytes())
+            }
+            _ => unreachable!("spans are those of rows; index keys are read a page at a time"),
+        }
+    }
+
+    /// All of the storage, as the numbers that an index cache holds (its scales among them).
+    pub(crate) fn values(&self) -> Elements<'a> {
+        match self.pages {
+            Pages::Rows(values) => values,
+            Pages::Fp8(bytes) => Elements::E4m3(bytes),
+            Pages::Int8(bytes) => Elements::I8(bytes),
+        }
+    }
+
+    /// Page `block` of an index cache: its 64 keys and, where the format has them, their scales, f32 in little-endian bytes.
+    #[inline]
+    pub(crate) fn index_page(&self, block: usize) -> (Elements<'a>, Option<&'a [u8]>) {
+        let keys = PAGE_TOKENS * self.layout.dim();
+        let bytes = self.layout.page_bytes();
+        let scales = match self.pages {
+            Pages::Rows(values) => return (values.slice(block * keys, keys), None),
+            Pages::Fp8(pages) => &pages[block * bytes + keys..][..bytes - keys],
+            Pages::Int8(pages) => bytemuck::cast_slice(&pages[block * bytes + keys..][..bytes - keys]),
+        };
+        (self.values().slice(block * bytes, keys), Some(scales))
     }
 
     /// Reads the rows in `slots` as f32 [N, dim], scales applied.
@@ -198,20 +293,22 @@ pub fn write(
     blocks: usize,
 ) -> Result<()> {
     ensure_volume(name, &[slots.len(), layout.dim()], rows.len())?;
-    let (items, fp8) = match &cache {
-        PagesMut::F32(x) => (x.len(), false),
-        PagesMut::Bf16(x) => (x.len(), false),
-        PagesMut::Fp8(x) => (x.len(), true),
+    let (items, format) = match &cache {
+        PagesMut::F32(x) => (x.len(), Format::Numbers),
+        PagesMut::Bf16(x) => (x.len(), Format::Numbers),
+        PagesMut::Fp8(x) => (x.len(), Format::Fp8),
+        PagesMut::Int8(x) => (x.len(), Format::Int8),
     };
-    layout.check(blocks, items, fp8)?;
+    layout.check(blocks, items, format)?;
+    let page_items = layout.page_items(format);
     let targets = Target::sorted(slots, volume("cache", &[blocks, PAGE_TOKENS])?)?;
     let dim = layout.dim();
     let read = |t: &Target, dst: &mut [f32]| rows.widen(t.row * dim, dst);
     match cache {
-        PagesMut::F32(x) => each_page(x, layout.page_items(false), &targets, |page, targets| {
+        PagesMut::F32(x) => each_page(x, page_items, &targets, |page, targets| {
             targets.iter().for_each(|t| read(t, &mut page[t.offset() * dim..][..dim]));
         }),
-        PagesMut::Bf16(x) => each_page(x, layout.page_items(false), &targets, |page, targets| {
+        PagesMut::Bf16(x) => each_page(x, page_items, &targets, |page, targets| {
             let mut wide = vec![0.0; dim];
             for t in targets {
                 let row = &mut page[t.offset() * dim..][..dim];
@@ -224,11 +321,18 @@ pub fn write(
                 }
             }
         }),
-        PagesMut::Fp8(x) => each_page(x, layout.page_items(true), &targets, |page, targets| {
+        PagesMut::Fp8(x) => each_page(x, page_items, &targets, |page, targets| {
             let mut wide = vec![0.0; dim];
             for t in targets {
                 read(t, &mut wide);
                 layout.write_fp8(page, t.offset(), &wide);
+            }
+        }),
+        PagesMut::Int8(x) => each_page(x, page_items, &targets, |page, targets| {
+            let mut wide = vec![0.0; dim];
+            for t in targets {
+                read(t, &mut wide);
+                layout.write_int8(page, t.offset(), &wide);
             }
         }),
     }

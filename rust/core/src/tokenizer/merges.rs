@@ -6,7 +6,7 @@
 
 use rayon::prelude::*;
 
-use crate::prefetch::prefetch;
+use crate::prefetch::fetch_value;
 use crate::tokenizer::error::{Result, invalid};
 use crate::tokenizer::key::{Filter, Hasher, place};
 use crate::tokenizer::vocabulary::Vocabulary;
@@ -87,7 +87,7 @@ impl Merges<'_> {
     /// Asks for the memory where the search for a hash begins.
     #[inline]
     pub fn ask(&self, hash: u64) {
-        prefetch(&self.pairs[place(hash, self.pairs.len())]);
+        fetch_value(&self.pairs[place(hash, self.pairs.len())]);
     }
 
     /// The merge of two neighbours with this hash, which the filter has.

@@ -6,7 +6,7 @@
 
 use bytemuck::{Zeroable, allocation::zeroed_vec};
 
-use crate::prefetch::prefetch;
+use crate::prefetch::fetch_value;
 use crate::tokenizer::key::{Key, SHORT, place, window};
 
 /// Sets for the pieces of some megabytes of text.
@@ -84,7 +84,7 @@ impl PieceCache {
     #[inline]
     pub fn ask(&self, len: usize, hash: u64) {
         if len <= SHORT {
-            prefetch(&self.short[place(hash, SHORT_SETS)]);
+            fetch_value(&self.short[place(hash, SHORT_SETS)]);
         } else {
             self.ask_long(hash);
         }
@@ -93,7 +93,7 @@ impl PieceCache {
     /// The same for a short piece of many ids.
     #[inline]
     pub fn ask_long(&self, hash: u64) {
-        prefetch(&self.long[place(hash, LONG_SETS)]);
+        fetch_value(&self.long[place(hash, LONG_SETS)]);
     }
 
     /// The entry of a key that is not empty.

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use bytemuck::Zeroable;
 
-use crate::prefetch::prefetch;
+use crate::prefetch::fetch_value;
 use crate::tokenizer::byte_level;
 use crate::tokenizer::error::{Result, TokenizerError, invalid};
 use crate::tokenizer::key::{Filter, Hasher, Key, SHORT, place, window};
@@ -182,7 +182,7 @@ impl<'i> Vocabulary<'i> {
     #[inline]
     pub fn ask(&self, hash: u64) {
         if self.filter.has(hash) {
-            prefetch(&self.slots[place(hash, self.slots.len())]);
+            fetch_value(&self.slots[place(hash, self.slots.len())]);
         }
     }
 

@@ -1,9 +1,9 @@
 //! Paged caches: writing, reading, and the FP8 codec alone.
 
 use half::slice::HalfBitsSliceExt;
-use heedful_core::cache::fp8;
 use heedful_core::cache::layout::LatentLayout;
 use heedful_core::cache::pages::{self, Cache, Layout, Pages, PagesMut};
+use heedful_core::cache::{fp8, int8};
 use heedful_core::elements::Elements;
 use numpy::PyArrayDyn;
 use pyo3::exceptions::PyValueError;
@@ -23,6 +23,7 @@ fn blocks(shape: &[usize]) -> PyResult<usize> {
 fn cache<'a>(array: &'a Numbers<'_>, layout: Layout) -> PyResult<Cache<'a>> {
     let storage = match array.elements()? {
         Elements::E4m3(bytes) => Pages::Fp8(bytes),
+        Elements::I8(bytes) => Pages::Int8(bytes),
         values => Pages::Rows(values),
     };
     Cache::new(storage, layout, blocks(array.shape())?).map_err(argument)
@@ -64,6 +65,10 @@ fn write_cache(
     if cache.cast::<PyArrayDyn<u8>>().is_ok() {
         let mut storage = Write::<u8>::new("cache", cache)?;
         let (count, storage) = (blocks(storage.shape())?, PagesMut::Fp8(storage.slice()?));
+        compute(py, || pages::write(name, values, slots, storage, layout, count))
+    } else if cache.cast::<PyArrayDyn<i8>>().is_ok() {
+        let mut storage = Write::<i8>::new("cache", cache)?;
+        let (count, storage) = (blocks(storage.shape())?, PagesMut::Int8(storage.slice()?));
         compute(py, || pages::write(name, values, slots, storage, layout, count))
     } else if cache.cast::<PyArrayDyn<u16>>().is_ok() {
         let mut storage = Write::<u16>::new("cache", cache)?;
@@ -110,6 +115,21 @@ fn quantize_fp8(
     compute(py, || fp8::quantize(x, dim, group, codes, scales))
 }
 
+/// Quantises rows of `dim` values to int8 codes and one scale each.
+#[pyfunction]
+fn quantize_int8(
+    py: Python<'_>,
+    x: &Bound<'_, PyAny>,
+    dim: usize,
+    codes: &Bound<'_, PyAny>,
+    scales: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let x = Numbers::new("x", x)?;
+    let (mut codes, mut scales) = (Write::<i8>::new("codes", codes)?, Write::<f32>::new("scales", scales)?);
+    let (x, codes, scales) = (x.elements()?, codes.slice()?, scales.slice()?);
+    compute(py, || int8::quantize(x, dim, codes, scales))
+}
+
 /// Codes times scales, f32.
 #[pyfunction]
 fn dequantize_fp8(
@@ -130,5 +150,6 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(write_cache, module)?)?;
     module.add_function(wrap_pyfunction!(read_cache, module)?)?;
     module.add_function(wrap_pyfunction!(quantize_fp8, module)?)?;
+    module.add_function(wrap_pyfunction!(quantize_int8, module)?)?;
     module.add_function(wrap_pyfunction!(dequantize_fp8, module)?)
 }

@@ -44,10 +44,12 @@ impl Instructions {
         #[cfg(target_arch = "x86_64")]
         {
             let avx2 = level != Level::Portable && Self::has_avx2();
-            match level {
-                Level::Avx512 if avx2 && Self::has_avx512() => Self::Avx512,
-                _ if avx2 => Self::Avx2,
-                _ => Self::Sse2,
+            if avx2 && level >= Level::Avx512 && Self::has_avx512() {
+                Self::Avx512
+            } else if avx2 {
+                Self::Avx2
+            } else {
+                Self::Sse2
             }
         }
         #[cfg(target_arch = "aarch64")]
