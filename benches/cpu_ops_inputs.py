@@ -74,11 +74,11 @@ class Inputs:
         return torch.randn(T, HI, DI), torch.rand(T, HI) / HI, torch.randn(T, H, DK)
 
     def selections(self, S: int, T: int) -> list[torch.Tensor]:
-        """Selections int32 [T, K] of S keys, each key at most once a query."""
+        """Selections int32 [T, K] of S keys in rising order, as `index_top_k(..., sorted=False)` gives them."""
         k = min(K, S)
         first = np.stack([self.generator.choice(S, k, replace=False) for _ in range(T)])
         shifts = self.generator.integers(0, S, max(1, SELECTIONS // T))
-        return [torch.from_numpy(((first + shift) % S).astype(np.int32)) for shift in shifts]
+        return [torch.from_numpy(np.sort((first + shift) % S, axis=1).astype(np.int32)) for shift in shifts]
 
     def paged(self, S: int, T: int) -> dict[str, torch.Tensor]:
         """The block table, length and queries of one sequence."""
@@ -92,12 +92,12 @@ def top_k(inputs: Inputs, S: int) -> Family:
     row, array = scores[None], scores.numpy()
     return Family(
         "top_k",
-        ours={"f32": lambda _: ops.top_k(row, k)},
+        ours={"f32": lambda _: ops.top_k(row, k, sorted=False), "f32 sorted": lambda _: ops.top_k(row, k)},
         peers={
             "torch f32": lambda _: torch.topk(scores, k, sorted=False),
             "numpy f32": lambda _: np.argpartition(array, S - k)[S - k :],
         },
-        base={"f32": "torch f32"},
+        base=dict.fromkeys(("f32", "f32 sorted"), "torch f32"),
         goals={"f32": 25.0},
         work={"f32": ("l2_read", 4.0 * S)},
     )
@@ -228,25 +228,21 @@ def step(inputs: Inputs, S: int) -> Family:
     options = {"scale": SCALE, "value_dim": C}
 
     def half(_: int) -> Any:
-        return ops.sparse_attention(half_q, kv, ops.index_top_k(half_index, half_keys, w, k), **options)[0]
+        return ops.sparse_attention(half_q, kv, ops.index_top_k(half_index, half_keys, w, k, sorted=False), **options)[
+            0
+        ]
 
     def byte(_: int) -> Any:
-        chosen = ops.index_top_k(byte_q, byte_keys, byte_w, k, k_scale=byte_scale)
+        chosen = ops.index_top_k(byte_q, byte_keys, byte_w, k, k_scale=byte_scale, sorted=False)
         return ops.sparse_attention_paged(half_q, chosen, cache=pages, **paged, **options)[0]
 
     def fp8(_: int) -> Any:
-        chosen = ops.index_top_k_paged(half_index, w, k, cache=key_pages, **paged)
+        chosen = ops.index_top_k_paged(half_index, w, k, cache=key_pages, **paged, sorted=False)
         return ops.sparse_attention_paged(half_q, chosen, cache=pages, **paged, **options)[0]
 
     def sparse_by_torch(_: int) -> Any:
         scores = (half_w @ (half_index[0] @ half_keys.T).relu_())[0]
         return _attend_one(half_q[0], kv.index_select(0, torch.topk(scores, k, sorted=False).indices))
-
-    def fused_by_torch(_: int) -> Any:
-        # One shared key head: the heads are the rows of one query matrix.
-        return torch.nn.functional.scaled_dot_product_attention(
-            half_q[None], kv[None, None], kv[None, None, :, :C], scale=SCALE
-        )
 
     ours: dict[str, Run] = {
         "bf16": half,
@@ -259,7 +255,6 @@ def step(inputs: Inputs, S: int) -> Family:
         ours=ours,
         peers={
             "torch dense bf16": lambda _: _attend_one(half_q[0], kv),
-            "torch dense bf16 fused": fused_by_torch,
             "torch sparse bf16": sparse_by_torch,
         },
         base=dict.fromkeys(ours, "torch dense bf16"),

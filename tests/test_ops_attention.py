@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -197,6 +200,19 @@ def test_bfloat16_rows_that_nobody_chose_leave_no_trace(H: int, Dk: int, S: int,
     spoilt = ops.sparse_attention(q, kv, indices, scale=0.2)
     torch.testing.assert_close(clean, spoilt, rtol=0, atol=0)
     near_halves(spoilt, ops.sparse_attention(q, kv, indices, scale=0.2, backend="reference"), 4.5)
+
+
+@pytest.mark.parametrize("level", ["portable", "neon", "avx2", "avx512", "avx512_vnni"])
+def test_the_reference_is_met_at_every_level(level: str) -> None:
+    """The level is chosen once a process, so these tests run again in another one."""
+    chosen = "equals_the_reference or leave_no_trace or without_keys or threads"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    result = subprocess.run(
+        command, env=os.environ | {"HEEDFUL_SIMD": level}, capture_output=True, text=True, timeout=300
+    )
+    if f"this machine has no {level}" in result.stdout:
+        pytest.skip(f"no {level} here")
+    assert result.returncode == 0, result.stdout[-2000:]
 
 
 @pytest.mark.parametrize("D", [1, 2, 16, 128])

@@ -5,6 +5,10 @@
 | sparse_attention | q [T, H, Dk], kv [S, (Hkv,) Dk], indices int32 [T, K] | out [T, H, Dv], lse [T, H] |
 | dense_attention | q, kv; causal | the same |
 | hadamard | x [..., D] | the same shape and dtype |
+
+Sums are float32. Where the CPU multiplies bfloat16 (AVX-512 BF16), attention of bfloat16 queries over bfloat16 or FP8
+rows rounds probabilities, and FP8 values times their scale, to bfloat16; every other combination computes in float32.
+Results do not depend on the number of threads or on the other queries.
 """
 
 from __future__ import annotations

@@ -29,6 +29,11 @@ pub struct PagedKeys<'a> {
 }
 
 impl<'a> PagedKeys<'a> {
+    /// Whether `position` lies in a page of the sequence.
+    pub(crate) fn holds(&self, position: usize) -> bool {
+        position / PAGE_TOKENS < self.table.len()
+    }
+
     /// Values of the index page that `position` lies in and, where the format has them, its scales.
     #[inline]
     pub(crate) fn index_page(&self, position: usize) -> (Elements<'a>, Option<&'a [u8]>) {

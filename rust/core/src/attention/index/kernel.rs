@@ -5,22 +5,36 @@
 
 #![allow(clippy::needless_range_loop)] // r and v name registers; iterators over arrays of arrays hide that
 
+use super::keys::Ahead;
 use super::query::{PackedQuery, Products};
 #[cfg(target_arch = "x86_64")]
 use super::x86;
 use crate::elements::Elements;
 use crate::simd::{Kernel, Level, Simd, dispatch};
 
-/// Writes the scores of `out.len()` keys: `rows` are their values in the form that `products` take, each key after the other.
+/// Keys that lie one after another, in the form that the products take.
+#[derive(Clone, Copy)]
+pub(super) struct KeyRun<'a> {
+    /// Their values.
+    pub rows: &'a [u8],
+    /// What each score is multiplied by.
+    pub factors: &'a [f32],
+    /// What to fetch meanwhile.
+    pub ahead: &'a Ahead,
+    /// The place of the first one in its tile.
+    pub at: usize,
+}
+
+/// Writes the scores of the first `out.len()` keys.
 #[inline]
 pub(super) fn score(
     level: Level,
     products: Products,
-    rows: &[u8],
-    factors: &[f32],
+    keys: KeyRun<'_>,
     query: &PackedQuery,
     out: &mut [f32],
 ) {
+    let KeyRun { rows, factors, .. } = keys;
     assert!(
         out.len() * query.steps() * 4 <= rows.len() && out.len() <= factors.len(),
         "keys for every score"
@@ -29,10 +43,10 @@ pub(super) fn score(
         Products::F32 => dispatch(level, ScoreKeys { rows, factors, query, out }),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `Products::of` has seen the features; the sizes have been checked.
-        Products::Bf16 => unsafe { x86::score_bf16(rows, factors, query, out) },
+        Products::Bf16 => unsafe { x86::score_bf16(keys, query, out) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        Products::I8 => unsafe { x86::score_i8(rows, factors, query, out) },
+        Products::I8 => unsafe { x86::score_i8(keys, query, out) },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("Products::of gives these on x86-64 alone"),
     }

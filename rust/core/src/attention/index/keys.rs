@@ -6,6 +6,7 @@ use super::query::Products;
 use crate::attention::batch::PagedKeys;
 use crate::cache::layout::PAGE_TOKENS;
 use crate::elements::Elements;
+use crate::prefetch;
 use crate::simd::{AlignedBuffer, Level};
 
 /// Keys of a tile: whole pages, few enough that what is converted stays in the second-level cache.
@@ -15,16 +16,24 @@ pub(super) const KEY_TILE: usize = 4 * PAGE_TOKENS;
 #[derive(Clone, Copy, Debug)]
 pub(super) enum IndexKeys<'a> {
     /// k [S, Di] and its scales [S].
-    Rows { values: Elements<'a>, scales: Option<&'a [f32]> },
+    Rows { values: Elements<'a>, scales: Option<&'a [f32]>, dim: usize },
     /// Pages of a cache.
     Pages(PagedKeys<'a>),
 }
 
 impl<'a> IndexKeys<'a> {
+    /// Whether there is memory of a key at `position`.
+    fn holds(&self, position: usize) -> bool {
+        match self {
+            Self::Rows { values, dim, .. } => (position + 1) * dim <= values.len(),
+            Self::Pages(keys) => keys.holds(position),
+        }
+    }
+
     /// Keys from `position` on that lie one after another, at most `count`: values [keys, dim] and where their scales are.
     fn run(&self, position: usize, count: usize, dim: usize) -> Run<'a> {
         match self {
-            Self::Rows { values, scales } => Run {
+            Self::Rows { values, scales, .. } => Run {
                 values: values.slice(position * dim, count * dim),
                 scales: scales.map_or(Scales::None, |s| Scales::Numbers(&s[position..][..count])),
                 count,
@@ -39,6 +48,27 @@ impl<'a> IndexKeys<'a> {
                     count,
                 }
             }
+        }
+    }
+}
+
+/// Where the keys of the next tile lie, which are fetched while this one is scored: pages are not neighbours, and hardware
+/// prefetchers do not look beyond 4 KiB.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Ahead {
+    /// Address of every 64th key, 0 where there is none.
+    pages: [usize; KEY_TILE / PAGE_TOKENS],
+    row_bytes: usize,
+}
+
+impl Ahead {
+    /// Fetches the counterparts of `count` keys from the `first`-th of this tile.
+    #[inline(always)]
+    pub fn fetch(&self, first: usize, count: usize) {
+        let page = self.pages[first / PAGE_TOKENS % self.pages.len()];
+        if page != 0 {
+            let start = page + first % PAGE_TOKENS * self.row_bytes;
+            prefetch::lines(start, count * self.row_bytes).for_each(prefetch::fetch);
         }
     }
 }
@@ -109,6 +139,19 @@ impl KeyTile {
             }
             done += run.count;
         }
+    }
+
+    /// Where the keys that follow the tile lie.
+    pub fn ahead(&self, keys: &IndexKeys<'_>, dim: usize) -> Ahead {
+        let mut ahead = Ahead::default();
+        for (i, page) in ahead.pages.iter_mut().enumerate() {
+            let position = self.first + KEY_TILE + i * PAGE_TOKENS;
+            if keys.holds(position) {
+                let bytes = keys.run(position, 1, dim).values.bytes();
+                (*page, ahead.row_bytes) = (bytes.as_ptr().addr(), bytes.len());
+            }
+        }
+        ahead
     }
 
     /// The first `live` keys of the tile, in runs that lie one after another: the place of each in the tile, its rows, its

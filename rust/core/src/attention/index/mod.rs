@@ -17,7 +17,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use self::keys::{IndexKeys, KEY_TILE, KeyTile};
+use self::kernel::KeyRun;
+use self::keys::{Ahead, IndexKeys, KEY_TILE, KeyTile};
 use self::query::{PackedQuery, Products};
 use super::batch::{PagedBatch, QueryTile, Sequence, fill_threads};
 use crate::argument::{Result, ensure, ensure_volume};
@@ -199,7 +200,7 @@ impl<'a> Indexer<'a> {
         match self.source {
             Source::Rows { values, count, scales, .. } => Sequence {
                 queries: 0..self.queries.count,
-                keys: IndexKeys::Rows { values, scales },
+                keys: IndexKeys::Rows { values, scales, dim: self.queries.dim },
                 len: count,
             },
             Source::Pages { cache, batch } => {
@@ -271,17 +272,27 @@ impl<'a> Indexer<'a> {
         for first in (range.start..end).step_by(KEY_TILE) {
             let count = KEY_TILE.min(end - first);
             part.tile.load(self.level, self.products, &sequence.keys, first, count, self.queries.dim);
+            let mut ahead = part.tile.ahead(&sequence.keys, self.queries.dim);
             for ((row, packed), t) in out.chunks_exact_mut(columns).zip(packed).zip(tile.queries.clone()) {
                 let live = visible(t).saturating_sub(first).min(count);
-                self.score_tile(&sequence.keys, &part.tile, packed, &mut row[first - range.start..][..live]);
+                let scores = &mut row[first - range.start..][..live];
+                self.score_tile(&sequence.keys, &part.tile, &std::mem::take(&mut ahead), packed, scores);
             }
         }
     }
 
-    /// Scores of the first `out.len()` keys of a tile.
-    fn score_tile(&self, keys: &IndexKeys<'a>, tile: &KeyTile, packed: &PackedQuery, out: &mut [f32]) {
+    /// Scores of the first `out.len()` keys of a tile; the first query of a tile fetches what is `ahead` for all.
+    fn score_tile(
+        &self,
+        keys: &IndexKeys<'a>,
+        tile: &KeyTile,
+        ahead: &Ahead,
+        packed: &PackedQuery,
+        out: &mut [f32],
+    ) {
         tile.for_each_run(keys, out.len(), self.queries.dim, |at, rows, factors| {
-            kernel::score(self.level, self.products, rows, factors, packed, &mut out[at..][..factors.len()]);
+            let out = &mut out[at..][..factors.len()];
+            kernel::score(self.level, self.products, KeyRun { rows, factors, ahead, at }, packed, out);
         });
     }
 
@@ -332,11 +343,12 @@ impl<'a> Indexer<'a> {
         for first in range.clone().step_by(KEY_TILE) {
             let count = KEY_TILE.min(range.end - first);
             keys.load(self.level, self.products, &sequence.keys, first, count, self.queries.dim);
+            let mut ahead = keys.ahead(&sequence.keys, self.queries.dim);
             for ((selector, packed), t) in selectors.iter_mut().zip(packed).zip(tile.queries.clone()) {
                 let live = self.visible(sequence, t).saturating_sub(first).min(count);
                 if live > 0 {
                     let scores = &mut scores[..live];
-                    self.score_tile(&sequence.keys, keys, packed, scores);
+                    self.score_tile(&sequence.keys, keys, &std::mem::take(&mut ahead), packed, scores);
                     selector.push(self.level, scores, first);
                 }
             }

@@ -7,6 +7,7 @@ use std::sync::LazyLock;
 
 use half::bf16;
 
+use super::kernel::KeyRun;
 use super::query::PackedQuery;
 use crate::cache::fp8;
 
@@ -80,26 +81,26 @@ impl Dot for I8 {
 }
 
 /// # Safety
-/// The machine must have the features; `rows` and `factors` must hold a key for each score.
+/// The machine must have the features; there must be a key for each score.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-pub(super) unsafe fn score_bf16(rows: &[u8], factors: &[f32], query: &PackedQuery, out: &mut [f32]) {
+pub(super) unsafe fn score_bf16(keys: KeyRun<'_>, query: &PackedQuery, out: &mut [f32]) {
     // SAFETY: this function's own condition.
-    unsafe { score::<Bf16>(rows, factors, query, out) }
+    unsafe { score::<Bf16>(keys, query, out) }
 }
 
 /// # Safety
 /// As [`score_bf16`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(super) unsafe fn score_i8(rows: &[u8], factors: &[f32], query: &PackedQuery, out: &mut [f32]) {
+pub(super) unsafe fn score_i8(keys: KeyRun<'_>, query: &PackedQuery, out: &mut [f32]) {
     // SAFETY: this function's own condition.
-    unsafe { score::<I8>(rows, factors, query, out) }
+    unsafe { score::<I8>(keys, query, out) }
 }
 
 /// # Safety
 /// As [`score_bf16`], with the features of `D`.
 #[inline(always)]
-unsafe fn score<D: Dot>(rows: &[u8], factors: &[f32], query: &PackedQuery, out: &mut [f32]) {
-    let mut keys = Keys { rows: rows.as_ptr().cast(), factors, query, out, next: 0 };
+unsafe fn score<D: Dot>(keys: KeyRun<'_>, query: &PackedQuery, out: &mut [f32]) {
+    let mut keys = Keys { rows: keys.rows.as_ptr().cast(), keys, query, out, next: 0 };
     // SAFETY: the caller's condition. As many keys at a time as give 24 sums (16 with one vector of heads), which with the
     // query's vectors and the key's fill the registers.
     unsafe {
@@ -115,7 +116,7 @@ unsafe fn score<D: Dot>(rows: &[u8], factors: &[f32], query: &PackedQuery, out: 
 
 struct Keys<'a> {
     rows: *const i32,
-    factors: &'a [f32],
+    keys: KeyRun<'a>,
     query: &'a PackedQuery,
     out: &'a mut [f32],
     /// The first key that has no score yet.
@@ -130,6 +131,7 @@ impl Keys<'_> {
     #[inline(always)]
     unsafe fn blocks<D: Dot, const MR: usize>(&mut self) {
         while self.next + MR <= self.out.len() {
+            self.keys.ahead.fetch(self.keys.at + self.next, MR);
             // SAFETY: these keys exist; panels cover Hp heads.
             unsafe {
                 let mut sums = [_mm512_setzero_ps(); MR];
@@ -149,7 +151,7 @@ impl Keys<'_> {
                 }
                 for r in 0..MR {
                     let at = self.next + r;
-                    self.out[at] = _mm512_reduce_add_ps(sums[r]) * self.factors[at];
+                    self.out[at] = _mm512_reduce_add_ps(sums[r]) * self.keys.factors[at];
                 }
             }
             self.next += MR;
