@@ -17,6 +17,11 @@ pub fn scheduler(error: SchedulerError) -> PyErr {
     let text = error.to_string();
     match error {
         SchedulerError::QueueFull(_)
+        | SchedulerError::QueueFullOfTokens { .. }
+        | SchedulerError::NoSeat(_)
+        | SchedulerError::NoHostTier
+        | SchedulerError::ForkInFlight
+        | SchedulerError::SpeculateInFlight
         | SchedulerError::StepInFlight
         | SchedulerError::NoStep
         | SchedulerError::Invariant(_) => PyRuntimeError::new_err(text),
