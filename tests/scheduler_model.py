@@ -10,10 +10,13 @@ is found when it is read.
 from __future__ import annotations
 
 import random
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from heedful import Scheduler, SchedulerConfig, Step
 
@@ -99,6 +102,8 @@ class Model:
         self.now = 0.0
         self.stored: set[bytes] = set()
         self.finished = self.aborted = self.forked = self.abandoned = self.operations = 0
+        self.snapshots: int | None = 0
+        self.reused = 0  # tokens reused from snapshots
         capacity = min(config.num_blocks, config.num_draft_blocks or config.num_blocks) * config.block_size
         self.longest = min(config.max_model_len or capacity, capacity)
         # Few beginnings, so that prompts share them.
@@ -124,6 +129,8 @@ class Model:
             self.expire()
         elif draw < 0.313:
             self.s.clear_cache()
+        elif draw < 0.3145:
+            self.snapshot()
         elif draw < 0.33:
             self.explain()
         elif self.flight is None:
@@ -455,6 +462,34 @@ class Model:
         self.abandoned += 1
         for request in flight.requests:
             request.exact, request.drafts = False, []
+
+    def snapshot(self) -> None:
+        """Another process begins with the rows of this one; a damaged file is refused."""
+        if not self.config.enable_prefix_caching or self.config.num_latent_blocks is not None or self.snapshots is None:
+            return
+        other = Model(self.config, self.rng.randrange(2**32))
+        other.stems, other.snapshots = self.stems, None
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "cache"
+            count = self.s.snapshot(path, self.parts(), model="toy")
+            assert count == self.s.stats()["cached_blocks"]
+            data = bytearray(path.read_bytes())
+            place = self.rng.randrange(len(data) // 2, len(data))
+            data[place] ^= 1
+            (Path(directory) / "damaged").write_bytes(data)
+            if count:
+                with pytest.raises(ValueError, match="damaged"):
+                    other.s.restore(Path(directory) / "damaged", other.parts(), model="toy")
+            other.check()
+            assert other.s.restore(path, other.parts(), model="toy") == count
+        for _ in range(40):
+            other.operate()
+        other.drain()
+        self.snapshots += 1
+        self.reused += other.s.stats()["cached_tokens"]
+
+    def parts(self) -> dict[str, np.ndarray]:
+        return {"latent": self.blocks(self.latent).view(np.uint8), "index": self.blocks(self.index).view(np.uint8)}
 
     # What must hold
 

@@ -9,6 +9,7 @@ import pytest
 import scheduler_model
 
 WORLDS, OPERATIONS, PARTS = 250, 200, 5
+MODEL_COUNTS = ("finished", "aborted", "forked", "abandoned", "operations", "snapshots", "reused")
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -17,9 +18,7 @@ def test_random_operations_keep_every_promise(part: int) -> None:
     for world in range(part, WORLDS, PARTS):
         model = scheduler_model.run(world, OPERATIONS)
         totals.update(model.s.stats())
-        totals.update(
-            {name: getattr(model, name) for name in ("finished", "aborted", "forked", "abandoned", "operations")}
-        )
+        totals.update({name: getattr(model, name) for name in MODEL_COUNTS})
     # The worlds are worth their name.
     assert totals["operations"] == WORLDS // PARTS * OPERATIONS
     for name in (
@@ -35,5 +34,6 @@ def test_random_operations_keep_every_promise(part: int) -> None:
         "accepted_tokens",
         "evicted_blocks",
         "abandoned",
+        "reused",
     ):
         assert totals[name] >= 10, (name, totals)

@@ -4,8 +4,10 @@ mod config;
 mod readers;
 mod step;
 
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use heedful_core::cache::snapshot::{Part, PartMut};
 use heedful_core::cache::{CacheEvent, FetchPlan};
 use heedful_core::scheduler as core;
 use numpy::{IntoPyArray, PyArray1, PyArrayDyn, PyArrayMethods, PyUntypedArrayMethods};
@@ -368,6 +370,75 @@ impl Scheduler {
     /// Forgets all cached blocks that no request uses; how many.
     fn clear_cache(&self) -> usize {
         self.core().clear_cache()
+    }
+
+    /// Writes the prefix cache to a file, rows included.
+    ///
+    /// Args:
+    ///     path: the file; it appears whole or not at all.
+    ///     parts: the caches by name: uint8 arrays [num_blocks, bytes of a block], contiguous.
+    ///     model: what the rows are of; restore() asks for the same.
+    ///
+    /// Returns:
+    ///     Blocks written.
+    ///
+    /// Raises:
+    ///     OSError: the file cannot be written.
+    ///     ValueError: a part has another shape.
+    ///     RuntimeError: prefix caching is off, or there is a host tier.
+    #[pyo3(signature = (path, parts, *, model))]
+    fn snapshot(
+        &self,
+        py: Python<'_>,
+        path: PathBuf,
+        parts: &Bound<'_, PyDict>,
+        model: &str,
+    ) -> PyResult<usize> {
+        let arrays = parts
+            .iter()
+            .map(|(name, array)| Ok((name.extract::<String>()?, readers::part(&array)?)))
+            .collect::<PyResult<Vec<_>>>()?;
+        let parts: Vec<Part> = arrays
+            .iter()
+            .map(|(name, array)| Ok((&**name, array.shape()[1], array.as_slice()?)))
+            .collect::<PyResult<_>>()?;
+        py.detach(|| self.core().snapshot(&path, model, &parts))
+            .map_err(|error| errors::snapshot(error, &path))
+    }
+
+    /// Fills the empty prefix cache from a file that snapshot() wrote, rows included. Salted blocks come back where hash_seed is
+    /// the same.
+    ///
+    /// Args:
+    ///     path: the file.
+    ///     parts: the caches by name and in the same order, as for snapshot(); written.
+    ///     model: what the rows are of.
+    ///
+    /// Returns:
+    ///     Blocks that came back.
+    ///
+    /// Raises:
+    ///     OSError: the file cannot be read.
+    ///     ValueError: it is damaged, or of another model, block size or set of caches; nothing is cached then.
+    ///     RuntimeError: something is cached already, prefix caching is off, or there is a host tier.
+    #[pyo3(signature = (path, parts, *, model))]
+    fn restore(
+        &self,
+        py: Python<'_>,
+        path: PathBuf,
+        parts: &Bound<'_, PyDict>,
+        model: &str,
+    ) -> PyResult<usize> {
+        let mut arrays = parts
+            .iter()
+            .map(|(name, array)| Ok((name.extract::<String>()?, readers::part_mut(&array)?)))
+            .collect::<PyResult<Vec<_>>>()?;
+        let mut parts: Vec<PartMut> = arrays
+            .iter_mut()
+            .map(|(name, array)| Ok((&**name, array.shape()[1], array.as_slice_mut()?)))
+            .collect::<PyResult<_>>()?;
+        py.detach(|| self.core().restore(&path, model, &mut parts))
+            .map_err(|error| errors::snapshot(error, &path))
     }
 
     /// With a host tier: where a layer reads its selection, and what to fetch before.

@@ -5,7 +5,7 @@
 //! cannot be copied, and grows, is shared and empties through the pool alone. Who uses a cached block uses every block before it
 //! too, so idle blocks are whole branches of the prefix index and a leaf can always be evicted.
 
-use super::block_hash::Namespace;
+use super::block_hash::{Namespace, Space};
 use super::eviction::Evictor;
 use super::prefix_index::{Inserted, PrefixIndex};
 
@@ -161,6 +161,13 @@ impl BlockPool {
         self.users[block as usize] > 1
     }
 
+    /// Whether more than one table uses a block, `held` aside.
+    #[inline]
+    pub fn is_shared_beside(&self, block: u32, held: &BlockTable) -> bool {
+        let users = self.users[block as usize] as usize;
+        users > 1 && users > 1 + held.blocks.iter().filter(|&&other| other == block).count()
+    }
+
     /// Fills `blocks` with blocks for one user, or changes nothing and returns false when there are not enough.
     #[must_use]
     pub fn take(&mut self, blocks: &mut [u32]) -> bool {
@@ -313,6 +320,29 @@ impl BlockPool {
             }
             Inserted::Same(_) | Inserted::Collision => {}
         }
+    }
+
+    /// A block for rows that come from elsewhere, cached behind `parent` and used by `table`; `None` when none is free or the rows
+    /// are there already.
+    pub fn adopt(
+        &mut self,
+        parent: Option<u32>,
+        space: Space,
+        tokens: &[u32],
+        table: &mut BlockTable,
+    ) -> Option<u32> {
+        if self.cache.is_none() || !self.grow(table, 1) {
+            return None;
+        }
+        let block = *table.blocks.last()?;
+        let cache = self.cache.as_mut()?;
+        let full = |parent| cache.index.tokens(parent).len() == cache.index.block_size();
+        if parent.is_none_or(full) && cache.index.insert(parent, space, tokens, block) == Inserted::New {
+            cache.evictor.insert(block, cache.index.hash(block) as u64, parent);
+            return Some(block);
+        }
+        self.truncate(table, table.blocks.len() - 1);
+        None
     }
 
     /// Whether a block's rows are cached.

@@ -11,11 +11,12 @@ pub mod pages;
 mod prefix_cache;
 mod prefix_index;
 mod residency;
+pub mod snapshot;
 
 pub use block_hash::{BlockHasher, Namespace, PUBLIC, ROOT_HASH, Space};
 pub use block_pool::{BlockPool, BlockTable, Found, PoolCounts};
 pub use events::CacheEvent;
 pub use hot_rows::{FetchError, FetchPlan, HotRows};
 pub use prefix_cache::PrefixCache;
-pub use prefix_index::{MOST_BLOCK_TOKENS, PrefixIndex};
+pub use prefix_index::{MOST_BLOCK_TOKENS, MOST_EXPECTED, PrefixIndex};
 pub use residency::{MoveCounts, Moves, Residencies, Residency};

@@ -3,7 +3,7 @@
 use super::block_hash::{BlockHasher, Namespace, ROOT_HASH};
 use super::block_pool::{BlockPool, BlockTable, Found, PoolCounts};
 use super::eviction::{EvictionPolicy, Evictor};
-use super::prefix_index::PrefixIndex;
+use super::prefix_index::{MOST_EXPECTED, PrefixIndex};
 
 /// Cached sequences in a fixed number of blocks.
 #[derive(Debug)]
@@ -17,7 +17,8 @@ pub struct PrefixCache {
 impl PrefixCache {
     /// An empty cache.
     pub fn new(num_blocks: u32, block_size: usize, eviction: EvictionPolicy, hasher: BlockHasher) -> Self {
-        let index = PrefixIndex::new(block_size, hasher.clone(), None);
+        let index =
+            PrefixIndex::new(block_size, hasher.clone(), None, MOST_EXPECTED.min(num_blocks as usize));
         let pool = BlockPool::with_cache(num_blocks, index, Evictor::new(eviction, num_blocks));
         Self { pool, hasher, block_size, found: Found::default() }
     }

@@ -16,6 +16,9 @@ pub const MOST_BLOCK_TOKENS: usize = 1 << 16;
 /// Tokens of one piece of the token store.
 const CHUNK_TOKENS: usize = 1 << 16;
 
+/// Memory is set aside for this many blocks at most.
+pub const MOST_EXPECTED: usize = 1 << 16;
+
 /// Children looked at for the longest common part of a block.
 const SIBLINGS: usize = 16;
 
@@ -102,16 +105,18 @@ pub struct PrefixIndex {
 
 impl PrefixIndex {
     /// An empty tree. `events` is the most blocks that a log of events holds, if there is one.
-    pub fn new(block_size: usize, hasher: BlockHasher, events: Option<usize>) -> Self {
+    ///
+    /// Memory for `expected` blocks is set aside, so that the first of them cost no more than later ones.
+    pub fn new(block_size: usize, hasher: BlockHasher, events: Option<usize>, expected: usize) -> Self {
         let chunk_shift = (CHUNK_TOKENS / block_size.min(CHUNK_TOKENS)).ilog2();
         Self {
             block_size,
             hasher,
-            nodes: Vec::new(),
+            nodes: Vec::with_capacity(expected),
             tokens: Vec::new(),
             chunk_shift,
             first_root: NONE,
-            by_hash: HashMap::default(),
+            by_hash: HashMap::with_capacity_and_hasher(expected, BuildHasherDefault::default()),
             len: 0,
             epoch: 0,
             events: events.map(EventLog::new),

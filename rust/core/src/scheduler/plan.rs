@@ -149,7 +149,8 @@ impl Scheduler {
         let (start, size) = (self.requests.computed[key] as usize, self.config.block_size);
         let missing = (start + tokens).div_ceil(size) - table.len();
         let tail = start / size;
-        let shared = tail < table.len() && self.pool.is_shared(table.blocks()[tail]);
+        let shared =
+            tail < table.len() && self.pool.is_shared_beside(table.blocks()[tail], &self.flight.held);
         if missing + usize::from(shared) > self.pool.free() {
             return false;
         }

@@ -1,6 +1,7 @@
 //! The scheduler's state and what callers ask of it between steps. `plan` makes a step, `apply` takes what came of it.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use super::flight::Flight;
@@ -11,8 +12,10 @@ use super::tier::Tier;
 use super::waiting::Waiting;
 use super::{Policy, SchedulerConfig, SchedulerError};
 use crate::cache::eviction::Evictor;
+use crate::cache::snapshot::{self, Part, PartMut, SnapshotError};
 use crate::cache::{
-    BlockHasher, BlockPool, CacheEvent, Found, MOST_BLOCK_TOKENS, Namespace, PUBLIC, PrefixIndex,
+    BlockHasher, BlockPool, CacheEvent, Found, MOST_BLOCK_TOKENS, MOST_EXPECTED, Namespace, PUBLIC,
+    PrefixIndex,
 };
 
 /// Blocks in the log of events at most; a reader that comes later is told everything anew.
@@ -49,7 +52,9 @@ impl Scheduler {
         let total = config.usable_blocks() as u32;
         let mut pool = if config.enable_prefix_caching && config.block_size <= MOST_BLOCK_TOKENS {
             let events = config.enable_events.then_some(MOST_EVENT_BLOCKS);
-            let index = PrefixIndex::new(config.block_size, BlockHasher::new(config.hash_seed), events);
+            let hasher = BlockHasher::new(config.hash_seed);
+            let index =
+                PrefixIndex::new(config.block_size, hasher, events, MOST_EXPECTED.min(total as usize));
             BlockPool::with_cache(total, index, Evictor::new(config.eviction, total))
         } else {
             BlockPool::new(total)
@@ -294,6 +299,28 @@ impl Scheduler {
     /// Forgets all cached blocks that no request uses; how many.
     pub fn clear_cache(&mut self) -> usize {
         self.pool.clear_idle()
+    }
+
+    /// Writes the prefix cache to a file, rows included; how many blocks. Each part is the memory of one cache; `model` says what the rows are of.
+    pub fn snapshot(&self, path: &Path, model: &str, parts: &[Part]) -> Result<usize, SnapshotError> {
+        if self.tier.is_some() {
+            return Err(SnapshotError::HostTier);
+        }
+        snapshot::write(&self.pool, path, model, parts)
+    }
+
+    /// Fills the empty prefix cache from a file, rows included; how many blocks. A file that is damaged or of something else is
+    /// refused, and the cache stays empty.
+    pub fn restore(
+        &mut self,
+        path: &Path,
+        model: &str,
+        parts: &mut [PartMut],
+    ) -> Result<usize, SnapshotError> {
+        if self.tier.is_some() {
+            return Err(SnapshotError::HostTier);
+        }
+        snapshot::read(&mut self.pool, path, model, parts)
     }
 
     pub(super) fn named(&self, id: &str) -> Result<usize, SchedulerError> {

@@ -1,6 +1,9 @@
 //! The arguments of this module's classes: readers for `from_py_with`, each of which knows its argument's name.
 
-use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArrayDyn, PyUntypedArray, PyUntypedArrayMethods};
+use numpy::{
+    PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArrayDyn, PyReadwriteArray2, PyUntypedArray,
+    PyUntypedArrayMethods,
+};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
@@ -101,4 +104,27 @@ pub fn slots<'py>(values: &Bound<'py, PyAny>) -> PyResult<PyReadonlyArrayDyn<'py
         return Err(PyValueError::new_err(expected()));
     }
     Ok(array)
+}
+
+/// A cache's memory: uint8 [num_blocks, bytes of a block].
+pub fn part<'py>(values: &Bound<'py, PyAny>) -> PyResult<PyReadonlyArray2<'py, u8>> {
+    match values.extract::<PyReadonlyArray2<'py, u8>>() {
+        Ok(array) if array.as_slice().is_ok() => Ok(array),
+        _ => Err(no_part(values)),
+    }
+}
+
+/// The same, to be written.
+pub fn part_mut<'py>(values: &Bound<'py, PyAny>) -> PyResult<PyReadwriteArray2<'py, u8>> {
+    match values.extract::<PyReadwriteArray2<'py, u8>>() {
+        Ok(array) if array.as_slice().is_ok() => Ok(array),
+        _ => Err(no_part(values)),
+    }
+}
+
+fn no_part(values: &Bound<'_, PyAny>) -> PyErr {
+    PyValueError::new_err(format!(
+        "parts: expected contiguous uint8 arrays [num_blocks, bytes of a block], got {}",
+        described(values)
+    ))
 }
