@@ -153,9 +153,9 @@ impl Reuse {
         }
     }
 
-    /// A block comes again that was evicted; how often it had been used again before, if it is remembered.
+    /// A block comes again that was evicted; how often it had been used again before, if it is remembered and not past all ages.
     pub fn recall(&mut self, key: u64) -> Option<u8> {
-        let ghost = self.ghosts.take(key)?;
+        let ghost = self.ghosts.take(key).filter(|ghost| self.age(ghost.epoch) < AGES)?;
         self.used_again(ghost.class, ghost.epoch);
         Some(ghost.uses)
     }
