@@ -320,6 +320,7 @@ impl Scheduler {
             ("cached_tokens", account.cached_tokens),
             ("blocks", account.blocks),
             ("shared_blocks", account.shared_blocks),
+            ("host_blocks", account.host_blocks),
             ("missing_blocks", account.missing_blocks),
             ("available_blocks", account.available_blocks),
             ("draft_tokens", account.draft_tokens),

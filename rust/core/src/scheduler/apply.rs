@@ -5,6 +5,9 @@ use std::sync::Arc;
 use super::request::{FinishReason, Phase};
 use super::{Scheduler, SchedulerError};
 
+/// Blocks that are made reusable in any step, if so many are full.
+const LEAST_OFFERS: usize = 16;
+
 /// A request that ended: its name and why.
 pub type Finished = (Arc<str>, FinishReason);
 
@@ -44,6 +47,10 @@ impl Scheduler {
             tier.residencies.land();
         }
         self.flight.new_tokens.clear();
+        // Twice what the step's tokens fill on average, so that no backlog stays.
+        let planned: usize =
+            self.flight.keys.iter().map(|&key| self.requests.planned[key as usize] as usize).sum();
+        self.flight.offers_left = 2 * self.config.blocks_for(planned) + LEAST_OFFERS;
         let mut finished = Vec::new();
         let mut row = 0;
         for place in 0..self.flight.keys.len() {
@@ -194,18 +201,28 @@ impl Scheduler {
         }
     }
 
-    /// Makes the blocks that became full reusable.
+    /// Makes blocks that became full reusable, as many as this step's share allows: when those of all requests fill in the same step,
+    /// it takes no longer than others. The rest follows in the next steps, or when the request gives its blocks back.
     #[inline]
     fn offer_blocks(&mut self, key: usize) {
         let size = self.config.block_size;
-        let computed = self.requests.computed[key] as usize;
-        let mut place = self.requests.offered[key] as usize;
-        while (place + 1) * size <= computed {
+        let full = self.requests.computed[key] as usize / size;
+        let offered = self.requests.offered[key] as usize;
+        if offered < full {
+            let count = (full - offered).min(self.flight.offers_left);
+            self.flight.offers_left -= count;
+            self.offer(key, offered + count);
+        }
+    }
+
+    /// Makes the first `full` blocks of a request reusable.
+    pub(super) fn offer(&mut self, key: usize, full: usize) {
+        let size = self.config.block_size;
+        for place in self.requests.offered[key] as usize..full {
             let tokens = &self.requests.tokens[key][place * size..(place + 1) * size];
             let namespace = self.requests.terms[key].as_ref().expect("it is live").namespace;
             self.pool.cache_block(&mut self.requests.tables[key], place, namespace, tokens);
-            place += 1;
         }
-        self.requests.offered[key] = place as u32;
+        self.requests.offered[key] = full as u32;
     }
 }

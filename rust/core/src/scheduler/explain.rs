@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::request::Phase;
 use super::waiting::reusable;
 use super::{Scheduler, SchedulerError};
-use crate::cache::Found;
+use crate::cache::{Found, Residency};
 
 /// What keeps a request from running.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +58,8 @@ pub struct Explanation {
     pub blocks: usize,
     /// How many of these others use too.
     pub shared_blocks: usize,
+    /// How many have their latent rows in the host tier alone.
+    pub host_blocks: usize,
     /// Blocks it still needs to begin.
     pub missing_blocks: usize,
     /// Blocks that can be had, less those that are kept free for those that run.
@@ -121,6 +123,9 @@ impl Scheduler {
                 + found.part.map_or(0, |(_, tokens)| tokens),
             blocks: table.len(),
             shared_blocks: table.iter().filter(|&&block| self.pool.is_shared(block)).count(),
+            host_blocks: self.tier.as_ref().map_or(0, |tier| {
+                table.iter().filter(|&&block| tier.residencies.of(block) == Residency::Host).count()
+            }),
             missing_blocks: missing,
             available_blocks: available,
             draft_tokens: requests.tokens[key].len() - requests.len[key] as usize,

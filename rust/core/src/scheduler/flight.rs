@@ -26,6 +26,8 @@ pub(super) struct Flight {
     pub held: BlockTable,
     /// Keys of requests that begin from a copy.
     pub copied: Vec<u32>,
+    /// Blocks that may still be made reusable in this update.
+    pub offers_left: usize,
     /// Tokens that each request of the last step got, by its place.
     pub new_tokens: Vec<i32>,
     /// Names of the last step's requests, as long as no name changes.

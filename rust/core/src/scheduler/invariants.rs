@@ -79,8 +79,8 @@ impl Scheduler {
         ensure(requests.tables[key].len() == blocks, "a table has another length")?;
         let offered = requests.offered[key] as usize;
         ensure(
-            offered == requests.computed[key] as usize / self.config.block_size,
-            "full blocks were not offered to the cache",
+            offered <= requests.computed[key] as usize / self.config.block_size,
+            "a block was offered to the cache before it was full",
         )?;
         if phase == Phase::Doomed {
             return ensure(

@@ -73,6 +73,9 @@ impl FinishReason {
     }
 }
 
+/// Memory for this many tokens of output is set aside at most.
+const MOST_RESERVED: u32 = 4096;
+
 /// Place of a request in the order of service: what the policy says, then arrival; forks are right behind their origin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Rank {
@@ -145,8 +148,10 @@ pub(super) struct Requests {
 
 impl Requests {
     /// A key for a request that waits.
-    pub fn insert(&mut self, rank: Rank, tokens: Vec<u32>, max_len: u32, terms: Terms) -> usize {
+    pub fn insert(&mut self, rank: Rank, mut tokens: Vec<u32>, max_len: u32, terms: Terms) -> usize {
         let len = tokens.len() as u32;
+        // So that a step in which many requests outgrow their memory is rare.
+        tokens.reserve((max_len - len.min(max_len)).min(MOST_RESERVED) as usize);
         let Some(key) = self.free_keys.pop() else {
             self.phase.push(Phase::Waiting);
             self.rank.push(rank);

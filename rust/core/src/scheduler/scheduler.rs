@@ -342,6 +342,7 @@ impl Scheduler {
     /// Makes a request with the tokens of the one of `key`: it runs if that one does, with the same blocks.
     pub(super) fn begin_fork(&mut self, key: usize, terms: Terms, max_len: u32) -> usize {
         self.forks += 1;
+        self.offer(key, self.requests.computed[key] as usize / self.config.block_size);
         let rank = Rank { fork: self.forks, ..self.requests.rank[key] };
         let tokens = self.requests.known(key).to_vec();
         self.tenants.enter_fork(terms.tenant);
@@ -391,12 +392,13 @@ impl Scheduler {
         self.running.partition_point(|&other| self.requests.rank[other as usize] < rank)
     }
 
-    /// Keeps the rows of a request's last, partly filled block for reuse, and gives all its blocks back.
+    /// Gives all blocks of a request back; their rows stay for reuse, those of the last, partly filled one too.
     pub(super) fn release_blocks(&mut self, key: usize) {
         let computed = self.requests.computed[key] as usize;
         let (full, rest) = (computed / self.config.block_size, computed % self.config.block_size);
+        self.offer(key, full);
         let table = &mut self.requests.tables[key];
-        if rest > 0 && full < table.len() && self.requests.offered[key] as usize == full {
+        if rest > 0 && full < table.len() {
             let block = table.blocks()[full];
             if !self.pool.is_shared(block) && !self.pool.is_cached(block) {
                 let tokens = &self.requests.tokens[key][computed - rest..computed];
