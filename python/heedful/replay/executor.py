@@ -37,17 +37,19 @@ class Executor:
         if not self._tiered:
             return 0.0
         self._steps += 1
-        rows = self._block_size * (len(step.loads) + len(step.stores)) + len(self._fetched(step))
+        rows = self._block_size * (len(step.loads) + len(step.stores)) + self._fetched(step)
         return float(rows) * self._cost.latent_bytes
 
-    def _fetched(self, step: Step) -> np.ndarray:
+    def _fetched(self, step: Step) -> int:
         tables, lengths, queries = step.block_tables, step.seq_lens, np.diff(step.query_start_loc)
         slots = []
         for place, (length, count) in enumerate(zip(lengths.tolist(), queries.tolist(), strict=True)):
             positions = self._selected(length, count)
             slots.append(tables[place, positions // self._block_size] * self._block_size + positions % self._block_size)
-        _, source, _ = self._scheduler.plan_fetch(0, np.concatenate(slots).astype(np.int64))
-        return source
+        selected = np.concatenate(slots).astype(np.int64)
+        most = self._scheduler.config.hot_rows  # what one plan may fetch
+        pieces = (selected[begin : begin + most] for begin in range(0, len(selected), most))
+        return sum(len(self._scheduler.plan_fetch(0, piece)[1]) for piece in pieces)
 
     def _selected(self, length: int, queries: int) -> np.ndarray:
         """Positions that the queries of one sequence select, int64, each once."""
