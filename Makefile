@@ -14,7 +14,7 @@ COVERAGE := --cfg fuzzing -Ccodegen-units=1 -Cpasses=sancov-module -Cllvm-args=-
 	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
 	-Cllvm-args=-sanitizer-coverage-trace-compares
 
-.PHONY: help demo test lint wheel bench fuzz fuzz-tokenizer clean
+.PHONY: help demo test lint wheel bench fuzz fuzz-tokenizer soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -49,6 +49,9 @@ fuzz: ## coverage-guided fuzzing of the tokenizer in Rust, FUZZ_SECONDS a target
 
 fuzz-tokenizer: $(VENV)/.installed-dev ## COUNT drawn strings a file against the reference tokenizers
 	$(BIN)/python tests/fuzz_tokenizer.py --count $(COUNT)
+
+soak: $(VENV)/.installed-dev ## COUNT random calls to the scheduler against its model
+	$(BIN)/python tests/soak_scheduler.py --operations $(COUNT)
 
 clean: ## remove everything that was built here
 	rm -rf $(VENV) target dist

@@ -18,7 +18,7 @@ import oracle
 from heedful import LLM, SamplingParams
 from heedful.cli import doctor, generate, main
 
-COMMANDS = ["generate", "inspect", "doctor"]
+COMMANDS = ["generate", "bench", "inspect", "doctor"]
 
 
 def heedful_command(*arguments: str | Path, stdin: bytes = b"", before: str = "") -> subprocess.CompletedProcess[bytes]:

@@ -57,6 +57,9 @@ class Traffic:
     def compute(self, step: Step) -> np.ndarray:
         """The toy model, from the arrays of the step alone."""
         size = self.s.config.block_size
+        for source, target in step.copies.tolist():
+            for offset in range(size):
+                self.cache[target * size + offset] = self.cache.get(source * size + offset, -1)
         for place in range(step.num_seqs):
             for i in range(step.query_start_loc[place], step.query_start_loc[place + 1]):
                 position = int(step.positions[i])
@@ -151,6 +154,7 @@ def test_a_long_run_with_many_preemptions() -> None:
     stats = traffic.s.stats()
     assert stats["finished"] == len(traffic.prompts) > 300
     assert stats["preemptions"] == traffic.preemptions > 100
+    assert stats["cached_tokens"] > 500
     assert stats["peak_used_blocks"] == 10
 
 

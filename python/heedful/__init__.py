@@ -6,7 +6,17 @@ first used, so that the tokenizer, the scheduler and the CPU operators serve a p
 
 from typing import TYPE_CHECKING
 
-from heedful._core import Scheduler, SchedulerConfig, Step, Tokenizer, TokenStream, __version__, push_batch
+from heedful._core import (
+    BlockPool,
+    PrefixCache,
+    Scheduler,
+    SchedulerConfig,
+    Step,
+    Tokenizer,
+    TokenStream,
+    __version__,
+    push_batch,
+)
 from heedful.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from heedful.engine.sampling_params import SamplingParams
 from heedful.ops import (
@@ -25,9 +35,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "BlockPool",
     "CompletionOutput",
     "LLMEngine",
     "Logprob",
+    "PrefixCache",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",

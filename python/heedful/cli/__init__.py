@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from heedful.cli import doctor, generate, inspect
+from heedful.cli import bench, doctor, generate, inspect
 
 # FloatingPointError: the weights made NaN of a prompt.
 _USER_ERRORS = (ValueError, OSError, MemoryError, ModuleNotFoundError, FloatingPointError)
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     parser.add_argument("--debug", action="store_true", help=_DEBUG)
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for command in (generate, inspect, doctor):
+    for command in (generate, bench, inspect, doctor):
         command.add_parser(subparsers)
     for subparser in subparsers.choices.values():
         # Left alone where it is not given, so that one before the command stays.
@@ -90,6 +90,8 @@ def _message(error: BaseException) -> str:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "safetensors", "tqdm"):
         return f"this command needs {error.name}: pip install 'heedful[torch]'"
+    if isinstance(error, ModuleNotFoundError) and error.name == "matplotlib":
+        return "a plot needs matplotlib: pip install 'heedful[replay]'"
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from heedful.cli.report import HelpFormatter
+
 if TYPE_CHECKING:
     from heedful import LLM, RequestOutput, SamplingParams
 
@@ -17,15 +19,6 @@ MAX_PROMPT_BYTES = 64 * 2**20
 MAX_THREADS = 1024
 
 
-class _HelpFormatter(argparse.HelpFormatter):
-    """Adds the defaults that say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = isinstance(action.default, (int, float, str)) and not isinstance(action.default, bool)
-        told = told and action.default != argparse.SUPPRESS
-        return f"{action.help} (default: %(default)s)" if told else action.help
-
-
 def add_parser(subparsers: Any) -> None:
     """Adds the command to the `heedful` parser."""
     parser = subparsers.add_parser(
@@ -33,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
         help="continue a prompt",
         description="Continue a prompt, printing the text as it comes. The measures go to standard error.",
         epilog="Example: heedful generate 'The first thing to know is' --max-tokens 50 --temperature 0.7",
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("prompt", nargs="?", help="the prompt; without it and --file, standard input is read")

@@ -1,9 +1,19 @@
-"""What `inspect` and `doctor` print: sections of named values, numbers that people can read."""
+"""What commands print: sections of named values, numbers that people can read, help that tells defaults."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = isinstance(action.default, (int, float, str)) and not isinstance(action.default, bool)
+        told = told and action.default != argparse.SUPPRESS
+        return f"{action.help} (default: %(default)s)" if told else action.help
 
 
 def print_json(values: Mapping[str, object]) -> None:

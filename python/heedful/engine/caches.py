@@ -50,6 +50,13 @@ class KVCaches:
             blocks(self.layout.index_width, index) if kind == "full" else None for kind in config.indexer_types
         ]
 
+    def copy_blocks(self, copies: np.ndarray) -> None:
+        """Copies blocks in every cache, all sources before any target is written: int32 [c, 2] of (source, target)."""
+        sources, targets = torch.from_numpy(copies.astype(np.int64).T.copy()).to(self.latent[0].device)
+        for cache in (*self.latent, *self.index):
+            if cache is not None:
+                cache[targets] = cache[sources]
+
     @property
     def latent_bytes(self) -> int:
         """Bytes of the latent rows of all layers."""

@@ -58,6 +58,7 @@ class LLMEngine:
         params: SamplingParams,
         *,
         priority: int = 0,
+        cache_salt: str | None = None,
     ) -> None:
         """Queues a request.
 
@@ -66,6 +67,7 @@ class LLMEngine:
             prompt: text, or token ids.
             params: sampling parameters.
             priority: lower runs earlier, where the scheduler's policy is "priority".
+            cache_salt: cached rows are reused among requests of the same salt alone; None shares with all without one.
 
         Raises:
             ValueError: the prompt is empty, too long or holds ids outside the vocabulary, or the name is in use.
@@ -90,21 +92,17 @@ class LLMEngine:
             for index in range(params.n)
         ]
         stop_ids = (*params.stop_token_ids, *(() if params.ignore_eos else self._eos_token_ids))
-        added: list[str] = []
-        try:
-            for completion in completions:
-                self.scheduler.add(
-                    completion.scheduler_id,
-                    token_ids,
-                    max_tokens=params.max_tokens,
-                    priority=priority,
-                    stop_token_ids=stop_ids,
-                )
-                added.append(completion.scheduler_id)
-        except Exception:
-            for scheduler_id in added:
-                self.scheduler.abort(scheduler_id)
-            raise
+        self.scheduler.add(
+            completions[0].scheduler_id,
+            token_ids,
+            max_tokens=params.max_tokens,
+            priority=priority,
+            stop_token_ids=stop_ids,
+            fork_ids=[completion.scheduler_id for completion in completions[1:]],
+            cache_salt=cache_salt,
+            # A reused row gives no logits.
+            skip_cache=params.prompt_logprobs is not None,
+        )
         text = prompt if isinstance(prompt, str) else None
         request = Request(request_id, text, token_ids, params, completions, time.perf_counter())
         self._requests[request_id] = request
@@ -148,9 +146,8 @@ class LLMEngine:
         finished = dict(self.scheduler.update(sampled))
         self._count(step)
         now = time.perf_counter()
-        for row, place in enumerate(step.sample_request):
-            scheduler_id = step.request_ids[place]
-            request, completion = self._completions[scheduler_id]
+        for row, (request, completion) in enumerate(self._sampled_completions(step)):
+            scheduler_id = completion.scheduler_id
             completion.append(int(sampled[row]), logprobs.get(row), finished.get(scheduler_id))
             request.metrics.output_tokens += 1
             request.metrics.first_token_time = request.metrics.first_token_time or now
@@ -185,11 +182,16 @@ class LLMEngine:
             )
         return token_ids
 
+    def _sampled_completions(self, step: Step) -> list[tuple[Request, Completion]]:
+        """Whose token each sample row gives."""
+        owners = (self._completions[step.request_ids[place]][0] for place in step.sample_request)
+        return [(owner, owner.completions[branch]) for owner, branch in zip(owners, step.sample_branch, strict=True)]
+
     def _sample(self, step: Step, hidden: torch.Tensor) -> tuple[np.ndarray, dict[int, TokenLogprobs]]:
         """The token of each sample row, and the log-probabilities of the rows that asked for them."""
         if len(step.sample_rows) == 0:
             return np.empty(0, dtype=np.int32), {}
-        states = [self._completions[step.request_ids[place]][1].state for place in step.sample_request]
+        states = [completion.state for _, completion in self._sampled_completions(step)]
         logits = self.runner.logits(hidden, step.sample_rows)
         sampled = sample(logits, states)
         wanted = [row for row, state in enumerate(states) if state.params.logprobs is not None]
@@ -236,8 +238,12 @@ class LLMEngine:
             read = np.minimum(visible, self.runner.model.config.index_topk)
         starts = step.query_start_loc[:-1]
         sums = (np.diff(step.query_start_loc), np.add.reduceat(visible, starts), np.add.reduceat(read, starts))
-        for scheduler_id, computed, seen, kept in zip(step.request_ids, *sums, strict=True):
+        for scheduler_id, first, computed, seen, kept in zip(
+            step.request_ids, step.positions[starts], *sums, strict=True
+        ):
             metrics = self._completions[scheduler_id][0].metrics
+            if metrics.computed_tokens == 0:
+                metrics.cached_tokens = int(first)
             metrics.computed_tokens += int(computed)
             metrics.keys_visible += int(seen)
             metrics.keys_read += int(kept)
@@ -255,4 +261,4 @@ class LLMEngine:
         for scheduler_id in step.request_ids:
             if scheduler_id in self._completions:
                 self.abort_request(self._completions[scheduler_id][0].request_id)
-        self.scheduler.update(np.zeros(len(step.sample_rows), dtype=np.int32))
+        self.scheduler.abandon()

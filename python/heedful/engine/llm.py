@@ -57,6 +57,7 @@ class LLM:
         max_model_len: longest prompt and output together; None takes the model's trained context.
         max_batched_tokens: tokens computed in one step; longer prompts are computed in chunks of it.
         max_num_seqs: completions that run at the same time.
+        enable_prefix_caching: keep the cache rows of ended requests for others that begin alike.
         attention: "sparse", or "dense" for the baseline that reads every key.
         seed: from which requests without a seed of their own draw one.
 
@@ -82,6 +83,7 @@ class LLM:
         max_model_len: int | None = None,
         max_batched_tokens: int = 8192,
         max_num_seqs: int = 256,
+        enable_prefix_caching: bool = True,
         attention: AttentionMode = "sparse",
         seed: int = 0,
     ) -> None:
@@ -115,6 +117,7 @@ class LLM:
                 max_batched_tokens=max_batched_tokens,
                 max_num_seqs=max_num_seqs,
                 max_model_len=min(max_model_len, num_blocks * BLOCK_SIZE),
+                enable_prefix_caching=enable_prefix_caching,
             ),
             self.tokenizer,
             self.config.eos_token_ids,

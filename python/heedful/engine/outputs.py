@@ -53,6 +53,8 @@ class RequestMetrics:
     """Generated tokens over all completions."""
     computed_tokens: int = 0
     """Tokens whose cache rows have been computed, over all completions and repeats."""
+    cached_tokens: int = 0
+    """Prompt tokens whose cache rows were there when the request began, and were not computed."""
     keys_visible: int = 0
     """Keys that dense attention would have read, summed over this request's computed tokens (one layer)."""
     keys_read: int = 0

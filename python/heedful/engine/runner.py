@@ -28,7 +28,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, step: Step) -> torch.Tensor:
-        """Computes the step's N tokens and writes their cache rows: hidden states [N, D]."""
+        """Makes the step's copies, computes its N tokens and writes their cache rows: hidden states [N, D]."""
+        if len(step.copies):
+            self.caches.copy_blocks(step.copies)
         layout = StepLayout(
             slot_mapping=self._tensor(step.slot_mapping),
             query_start_loc=self._tensor(step.query_start_loc),

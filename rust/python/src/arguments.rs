@@ -63,6 +63,16 @@ pub fn number(name: &str, value: &Bound<'_, PyAny>) -> PyResult<f64> {
     })
 }
 
+/// A float, or None.
+pub fn optional_number(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Option<f64>> {
+    if value.is_none() { Ok(None) } else { number(name, value).map(Some) }
+}
+
+/// Text, or None.
+pub fn optional_text<'a>(name: &str, value: &'a Bound<'_, PyAny>) -> PyResult<Option<&'a str>> {
+    if value.is_none() { Ok(None) } else { text(name, value).map(Some) }
+}
+
 /// Text, borrowed.
 pub fn text<'a>(name: &str, value: &'a Bound<'_, PyAny>) -> PyResult<&'a str> {
     value.extract().map_err(|error| {

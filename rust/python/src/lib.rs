@@ -5,6 +5,7 @@
 use pyo3::prelude::*;
 
 mod arguments;
+mod cache;
 mod errors;
 mod ops;
 mod scheduler;
@@ -21,5 +22,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     tokenizer::register(module)?;
     token_stream::register(module)?;
     ops::register(module)?;
+    cache::register(module)?;
     scheduler::register(module)
 }

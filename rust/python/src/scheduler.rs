@@ -1,136 +1,26 @@
 //! `SchedulerConfig`, `Scheduler` and `Step`: bindings of `heedful_core::scheduler`.
 
+mod config;
 mod readers;
+mod step;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use heedful_core::cache::snapshot::{Part, PartMut};
+use heedful_core::cache::{CacheEvent, FetchPlan};
 use heedful_core::scheduler as core;
-use numpy::{Element, IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyUntypedArrayMethods};
-use pyo3::exceptions::PyValueError;
+use numpy::{IntoPyArray, PyArray1, PyArrayDyn, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList};
+use pyo3::types::{PyBytes, PyDict, PyList};
 
 use crate::arguments::{ids, ids_of_len};
 use crate::errors;
+pub use config::{SchedulerConfig, eviction_policy};
+use step::{Spares, Step};
 
-/// Limits of a scheduler.
-///
-/// Args:
-///     num_blocks: blocks in the pool.
-///     block_size: tokens in a block.
-///     max_batched_tokens: tokens computed in one step at most.
-///     max_num_seqs: requests running at the same time at most.
-///     policy: "fcfs" (in order of arrival) or "priority" (lower numbers first).
-///     max_waiting: requests waiting at most; None sets no limit.
-///     watermark: share of the blocks left free when a request is admitted beside others; in [0, 1).
-///     max_model_len: longest prompt and output together; None leaves the pool's size as the limit.
-///
-/// Raises:
-///     ValueError: a limit is out of range; the message names it.
-#[pyclass(frozen, eq, module = "heedful")]
-#[derive(Clone, PartialEq)]
-pub struct SchedulerConfig {
-    limits: core::SchedulerConfig,
-}
-
-#[pymethods]
-impl SchedulerConfig {
-    #[new]
-    #[pyo3(signature = (num_blocks, block_size=64, max_batched_tokens=8192, max_num_seqs=256, policy="fcfs",
-                        max_waiting=None, watermark=0.01, max_model_len=None))]
-    #[allow(clippy::too_many_arguments)]
-    fn new(
-        #[pyo3(from_py_with = readers::num_blocks)] num_blocks: usize,
-        #[pyo3(from_py_with = readers::block_size)] block_size: usize,
-        #[pyo3(from_py_with = readers::max_batched_tokens)] max_batched_tokens: usize,
-        #[pyo3(from_py_with = readers::max_num_seqs)] max_num_seqs: usize,
-        #[pyo3(from_py_with = readers::policy)] policy: &str,
-        #[pyo3(from_py_with = readers::max_waiting)] max_waiting: Option<usize>,
-        #[pyo3(from_py_with = readers::watermark)] watermark: f64,
-        #[pyo3(from_py_with = readers::max_model_len)] max_model_len: Option<usize>,
-    ) -> PyResult<Self> {
-        let policy = match policy {
-            "fcfs" => core::Policy::Fcfs,
-            "priority" => core::Policy::Priority,
-            _ => {
-                return Err(PyValueError::new_err(format!(
-                    "policy: expected fcfs or priority, got {policy:?}"
-                )));
-            }
-        };
-        let limits = core::SchedulerConfig {
-            num_blocks,
-            block_size,
-            max_batched_tokens,
-            max_num_seqs,
-            policy,
-            max_waiting,
-            watermark,
-            max_model_len,
-        };
-        limits.check().map_err(errors::scheduler)?;
-        Ok(Self { limits })
-    }
-
-    #[getter]
-    fn num_blocks(&self) -> usize {
-        self.limits.num_blocks
-    }
-
-    #[getter]
-    fn block_size(&self) -> usize {
-        self.limits.block_size
-    }
-
-    #[getter]
-    fn max_batched_tokens(&self) -> usize {
-        self.limits.max_batched_tokens
-    }
-
-    #[getter]
-    fn max_num_seqs(&self) -> usize {
-        self.limits.max_num_seqs
-    }
-
-    #[getter]
-    fn policy(&self) -> &'static str {
-        match self.limits.policy {
-            core::Policy::Fcfs => "fcfs",
-            core::Policy::Priority => "priority",
-        }
-    }
-
-    #[getter]
-    fn max_waiting(&self) -> Option<usize> {
-        self.limits.max_waiting
-    }
-
-    #[getter]
-    fn watermark(&self) -> f64 {
-        self.limits.watermark
-    }
-
-    #[getter]
-    fn max_model_len(&self) -> Option<usize> {
-        self.limits.max_model_len
-    }
-
-    fn __repr__(&self) -> String {
-        let none = || "None".to_string();
-        format!(
-            "SchedulerConfig(num_blocks={}, block_size={}, max_batched_tokens={}, max_num_seqs={}, policy={:?}, \
-             max_waiting={}, watermark={}, max_model_len={})",
-            self.limits.num_blocks,
-            self.limits.block_size,
-            self.limits.max_batched_tokens,
-            self.limits.max_num_seqs,
-            self.policy(),
-            self.limits.max_waiting.map_or_else(none, |value| value.to_string()),
-            self.limits.watermark,
-            self.limits.max_model_len.map_or_else(none, |value| value.to_string()),
-        )
-    }
-}
+/// Rows to read, rows to fetch, and where to.
+type FetchArrays<'py> = (Bound<'py, PyArrayDyn<i64>>, Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<i64>>);
 
 /// Continuous batching over a pool of cache blocks: which tokens of which requests run next, and where their rows go.
 ///
@@ -150,6 +40,7 @@ impl SchedulerConfig {
 #[pyclass(frozen, module = "heedful")]
 pub struct Scheduler {
     inner: Mutex<core::Scheduler>,
+    spares: Spares,
 }
 
 impl Scheduler {
@@ -164,7 +55,7 @@ impl Scheduler {
     #[new]
     fn new(config: &SchedulerConfig) -> PyResult<Self> {
         let inner = core::Scheduler::new(config.limits.clone()).map_err(errors::scheduler)?;
-        Ok(Self { inner: Mutex::new(inner) })
+        Ok(Self { inner: Mutex::new(inner), spares: Spares::default() })
     }
 
     /// The limits it was made with.
@@ -181,13 +72,27 @@ impl Scheduler {
     ///     max_tokens: tokens to generate at most.
     ///     priority: lower runs earlier under the policy "priority".
     ///     stop_token_ids: ids that end the request; they are part of its output.
+    ///     fork_ids: names of further completions of the prompt. It is computed once; they begin with its last row, share its
+    ///         blocks and copy the last one when they write to it. See Step.sample_branch.
+    ///     cache_salt: rows are shared among requests of the same salt alone; None is shared by all without one. It must not
+    ///         come from whom it protects against.
+    ///     shared_prefix_len: tokens at the start of the prompt that are shared whatever the salt, in whole blocks.
+    ///     skip_cache: compute all of it, whatever is cached, as for logits of the prompt.
+    ///     tenant: who asks, under the policy "fair".
+    ///     weight: the tenant's share beside the others' from now on.
+    ///     deadline: when expire() ends it, on the caller's clock.
     ///
     /// Raises:
     ///     ValueError: the prompt is empty, too long for max_model_len or for the pool, or holds an id that is negative or
-    ///         above 2**31 - 1; max_tokens is below 1; the name is in use.
+    ///         above 2**31 - 1; max_tokens is below 1; a name is in use; fork_ids has max_num_seqs names or more; the weight is
+    ///         not positive.
     ///     TypeError: an argument is of another kind.
-    ///     RuntimeError: max_waiting requests wait already.
-    #[pyo3(signature = (request_id, token_ids, *, max_tokens, priority=0, stop_token_ids=None))]
+    ///     RuntimeError: max_waiting requests or max_waiting_tokens wait already.
+    #[pyo3(signature = (request_id, token_ids, *, max_tokens, priority=0, stop_token_ids=None, fork_ids=Vec::new(),
+                        cache_salt=None, shared_prefix_len=0, skip_cache=false, tenant="", weight=1.0, deadline=None),
+           text_signature = "(self, request_id, token_ids, *, max_tokens, priority=0, stop_token_ids=None, fork_ids=(), \
+                             cache_salt=None, shared_prefix_len=0, skip_cache=False, tenant='', weight=1.0, deadline=None)")]
+    #[allow(clippy::too_many_arguments)]
     fn add(
         &self,
         #[pyo3(from_py_with = readers::request_id)] request_id: &str,
@@ -195,6 +100,13 @@ impl Scheduler {
         #[pyo3(from_py_with = readers::max_tokens)] max_tokens: usize,
         #[pyo3(from_py_with = readers::priority)] priority: i64,
         stop_token_ids: Option<&Bound<'_, PyAny>>,
+        #[pyo3(from_py_with = readers::fork_ids)] fork_ids: Vec<std::sync::Arc<str>>,
+        #[pyo3(from_py_with = readers::cache_salt)] cache_salt: Option<&str>,
+        #[pyo3(from_py_with = readers::shared_prefix_len)] shared_prefix_len: usize,
+        skip_cache: bool,
+        #[pyo3(from_py_with = readers::tenant)] tenant: &str,
+        #[pyo3(from_py_with = readers::weight)] weight: f64,
+        #[pyo3(from_py_with = readers::deadline)] deadline: Option<f64>,
     ) -> PyResult<()> {
         let prompt_len = |len| self.core().check_prompt_len(len).map_err(errors::scheduler);
         let new = core::NewRequest {
@@ -206,6 +118,13 @@ impl Scheduler {
                 Some(values) => ids("stop_token_ids", values)?,
                 None => Vec::new(),
             },
+            fork_ids,
+            cache_salt: cache_salt.map(Into::into),
+            shared_prefix_len,
+            skip_cache,
+            tenant: tenant.into(),
+            weight,
+            deadline,
         };
         self.core().add(new).map_err(errors::scheduler)
     }
@@ -218,14 +137,26 @@ impl Scheduler {
     /// Raises:
     ///     RuntimeError: the last step has not been updated.
     fn schedule(&self, py: Python<'_>) -> PyResult<Option<Step>> {
-        let step = self.core().schedule().map_err(errors::scheduler)?;
-        step.map(|step| Step::new(py, step)).transpose()
+        let mut step = self.spares.take();
+        let planned = self.core().schedule_into(&mut step);
+        match planned {
+            Ok(true) => Step::new(py, step, self.spares.clone()).map(Some),
+            other => {
+                self.spares.put(step);
+                other.map(|_| None).map_err(errors::scheduler)
+            }
+        }
     }
 
     /// Takes what was sampled in the last step.
     ///
+    /// A draft is accepted when the sample row before it gave the same id; a request gets the ids up to the first that is not, and
+    /// the rows of the drafts behind it are given back.
+    ///
     /// Args:
     ///     sampled_ids: int32 [n], one id for each of the step's sample_rows; those of requests aborted since are dropped.
+    ///     draft_ids: int32 [B, K] drafts for the next step, one row a request of this one, -1 past the last; at most
+    ///         num_speculative_tokens. None gives none.
     ///
     /// Returns:
     ///     (request_id, reason) of each request that ended; the reason is "stop" or "length".
@@ -234,10 +165,71 @@ impl Scheduler {
     ///     RuntimeError: there is no step to update.
     ///     ValueError: another number of ids than sample rows, a negative id, or an array of another dtype or shape.
     ///     TypeError: not an array.
-    fn update(&self, sampled_ids: &Bound<'_, PyAny>) -> PyResult<Vec<(String, &'static str)>> {
+    #[pyo3(signature = (sampled_ids, draft_ids=None))]
+    fn update(
+        &self,
+        sampled_ids: &Bound<'_, PyAny>,
+        draft_ids: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Vec<(String, &'static str)>> {
         let sampled = readers::sampled_ids(sampled_ids)?;
-        let finished = self.core().update(&sampled).map_err(errors::scheduler)?;
+        let drafts = readers::draft_ids(draft_ids)?;
+        let drafts = drafts.as_ref().map(|(ids, width)| (&ids[..], *width));
+        let finished = self.core().update(sampled.as_slice(), drafts).map_err(errors::scheduler)?;
         Ok(finished.into_iter().map(|(id, reason)| (id.to_string(), reason.as_str())).collect())
+    }
+
+    /// int32 [B]: tokens that each request of the last updated step got: 0 for a part of a prompt, more than 1 with accepted
+    /// drafts. Tokens of its forks are not counted.
+    #[getter]
+    fn new_tokens<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<i32>> {
+        PyArray1::from_slice(py, self.core().new_tokens())
+    }
+
+    /// Gives the last step up, as after an error: none of its tokens count as computed. Call it instead of update().
+    ///
+    /// Raises:
+    ///     RuntimeError: there is no step.
+    fn abandon(&self) -> PyResult<()> {
+        self.core().abandon().map_err(errors::scheduler)
+    }
+
+    /// Gives a request draft tokens, to be checked in the next step. They count only behind a token that was sampled last; those
+    /// that would make the request too long are dropped.
+    ///
+    /// Args:
+    ///     request_id: a request that is there.
+    ///     draft_ids: at most num_speculative_tokens ids.
+    ///
+    /// Raises:
+    ///     ValueError: no such request, too many drafts, or an id that is no token.
+    ///     RuntimeError: the last step has not been updated.
+    fn speculate(
+        &self,
+        #[pyo3(from_py_with = readers::request_id)] request_id: &str,
+        draft_ids: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let drafts = ids("draft_ids", draft_ids)?;
+        self.core().speculate(request_id, &drafts).map_err(errors::scheduler)
+    }
+
+    /// Begins another request where one is: the same tokens; blocks are shared, and copied when one of the two writes to them.
+    ///
+    /// Args:
+    ///     request_id: a request that is there.
+    ///     new_request_id: a name not in use.
+    ///     max_tokens: tokens to generate at most, those of the origin included; None takes the origin's limit.
+    ///
+    /// Raises:
+    ///     ValueError: there is no such request, the name is in use, or max_tokens are generated already.
+    ///     RuntimeError: the last step has not been updated, or max_num_seqs requests run.
+    #[pyo3(signature = (request_id, new_request_id, *, max_tokens=None))]
+    fn fork(
+        &self,
+        #[pyo3(from_py_with = readers::request_id)] request_id: &str,
+        #[pyo3(from_py_with = readers::new_request_id)] new_request_id: &str,
+        #[pyo3(from_py_with = readers::fork_max_tokens)] max_tokens: Option<usize>,
+    ) -> PyResult<()> {
+        self.core().fork(request_id, new_request_id.into(), max_tokens).map_err(errors::scheduler)
     }
 
     /// Ends a request at once; False if there is none of this name.
@@ -245,6 +237,11 @@ impl Scheduler {
     /// Its blocks are free when this returns, unless a step that writes them is in flight: then after its update.
     fn abort(&self, #[pyo3(from_py_with = readers::request_id)] request_id: &str) -> bool {
         self.core().abort(request_id)
+    }
+
+    /// Ends, as abort() does, the requests whose deadline is at or before `now`; their names.
+    fn expire(&self, #[pyo3(from_py_with = readers::now)] now: f64) -> Vec<String> {
+        self.core().expire(now).iter().map(|id| id.to_string()).collect()
     }
 
     /// Whether any request is there.
@@ -290,31 +287,188 @@ impl Scheduler {
         Ok(ids.into_pyarray(py))
     }
 
-    /// Counts: running, waiting, total_blocks, free_blocks, used_blocks, peak_used_blocks, and since the start steps,
-    /// scheduled_tokens, preemptions, finished, aborted.
+    /// Counts by name: what is there now, and sums since the start. Ages are in steps.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let stats = self.core().stats();
         let dict = PyDict::new(py);
-        for (name, value) in [
-            ("running", stats.running),
-            ("waiting", stats.waiting),
-            ("total_blocks", stats.total_blocks),
-            ("free_blocks", stats.free_blocks),
-            ("used_blocks", stats.used_blocks),
-            ("peak_used_blocks", stats.peak_used_blocks),
-        ] {
-            dict.set_item(name, value)?;
-        }
-        for (name, value) in [
-            ("steps", stats.steps),
-            ("scheduled_tokens", stats.scheduled_tokens),
-            ("preemptions", stats.preemptions),
-            ("finished", stats.finished),
-            ("aborted", stats.aborted),
-        ] {
+        for (name, value) in stats.named() {
             dict.set_item(name, value)?;
         }
         Ok(dict)
+    }
+
+    /// A request's account: whether it runs, what it waits for ("order", "seats", "blocks", "origin" or "nothing"), what it
+    /// reused, what it holds.
+    ///
+    /// Raises:
+    ///     ValueError: there is no request of this name.
+    fn explain<'py>(
+        &self,
+        py: Python<'py>,
+        #[pyo3(from_py_with = readers::request_id)] request_id: &str,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let account = self.core().explain(request_id).map_err(errors::scheduler)?;
+        let dict = PyDict::new(py);
+        dict.set_item("state", if account.running { "running" } else { "waiting" })?;
+        dict.set_item("waits_for", account.waits_for.as_str())?;
+        for (name, value) in [
+            ("ahead", account.ahead),
+            ("prompt_tokens", account.prompt_tokens),
+            ("output_tokens", account.output_tokens),
+            ("computed_tokens", account.computed_tokens),
+            ("reused_tokens", account.reused_tokens),
+            ("cached_tokens", account.cached_tokens),
+            ("blocks", account.blocks),
+            ("shared_blocks", account.shared_blocks),
+            ("host_blocks", account.host_blocks),
+            ("missing_blocks", account.missing_blocks),
+            ("available_blocks", account.available_blocks),
+            ("draft_tokens", account.draft_tokens),
+            ("preemptions", account.preemptions as usize),
+        ] {
+            dict.set_item(name, value)?;
+        }
+        dict.set_item("age_steps", account.age_steps)?;
+        dict.set_item("tenant", &*account.tenant)?;
+        dict.set_item("tenant_counter", account.tenant_counter)?;
+        dict.set_item("deadline", account.deadline)?;
+        Ok(dict)
+    }
+
+    /// What happened to the prefix cache since the last call: dicts with the fields of the events that routers read, "type" being
+    /// "BlockStored", "BlockRemoved" or "AllBlocksCleared". Hashes are 16 bytes. Empty unless enable_events is set.
+    fn events<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let (events, block_size) = {
+            let mut core = self.core();
+            (core.take_events(), core.config().block_size)
+        };
+        let bytes = |hash: &u128| PyBytes::new(py, &hash.to_be_bytes());
+        let list = PyList::empty(py);
+        for event in events {
+            let dict = PyDict::new(py);
+            match event {
+                CacheEvent::Stored { block_hashes, parent_block_hash, token_ids } => {
+                    dict.set_item("type", "BlockStored")?;
+                    dict.set_item("block_hashes", block_hashes.iter().map(bytes).collect::<Vec<_>>())?;
+                    dict.set_item("parent_block_hash", parent_block_hash.as_ref().map(bytes))?;
+                    dict.set_item("token_ids", token_ids)?;
+                    dict.set_item("block_size", block_size)?;
+                    dict.set_item("lora_id", py.None())?;
+                    dict.set_item("medium", "GPU")?;
+                }
+                CacheEvent::Removed { block_hashes } => {
+                    dict.set_item("type", "BlockRemoved")?;
+                    dict.set_item("block_hashes", block_hashes.iter().map(bytes).collect::<Vec<_>>())?;
+                    dict.set_item("medium", "GPU")?;
+                }
+                CacheEvent::Cleared => dict.set_item("type", "AllBlocksCleared")?,
+            }
+            list.append(dict)?;
+        }
+        Ok(list)
+    }
+
+    /// Forgets all cached blocks that no request uses; how many.
+    fn clear_cache(&self) -> usize {
+        self.core().clear_cache()
+    }
+
+    /// Writes the prefix cache to a file, rows included.
+    ///
+    /// Args:
+    ///     path: the file; it appears whole or not at all.
+    ///     parts: the caches by name: uint8 arrays [num_blocks, bytes of a block], contiguous.
+    ///     model: what the rows are of; restore() asks for the same.
+    ///
+    /// Returns:
+    ///     Blocks written.
+    ///
+    /// Raises:
+    ///     OSError: the file cannot be written.
+    ///     ValueError: a part has another shape.
+    ///     RuntimeError: prefix caching is off, or there is a host tier.
+    #[pyo3(signature = (path, parts, *, model))]
+    fn snapshot(
+        &self,
+        py: Python<'_>,
+        path: PathBuf,
+        parts: &Bound<'_, PyDict>,
+        model: &str,
+    ) -> PyResult<usize> {
+        let arrays = parts
+            .iter()
+            .map(|(name, array)| Ok((name.extract::<String>()?, readers::part(&array)?)))
+            .collect::<PyResult<Vec<_>>>()?;
+        let parts: Vec<Part> = arrays
+            .iter()
+            .map(|(name, array)| Ok((&**name, array.shape()[1], array.as_slice()?)))
+            .collect::<PyResult<_>>()?;
+        py.detach(|| self.core().snapshot(&path, model, &parts))
+            .map_err(|error| errors::snapshot(error, &path))
+    }
+
+    /// Fills the empty prefix cache from a file that snapshot() wrote, rows included. Salted blocks come back where hash_seed is
+    /// the same.
+    ///
+    /// Args:
+    ///     path: the file.
+    ///     parts: the caches by name and in the same order, as for snapshot(); written.
+    ///     model: what the rows are of.
+    ///
+    /// Returns:
+    ///     Blocks that came back.
+    ///
+    /// Raises:
+    ///     OSError: the file cannot be read.
+    ///     ValueError: it is damaged, or of another model, block size or set of caches; nothing is cached then.
+    ///     RuntimeError: something is cached already, prefix caching is off, or there is a host tier.
+    #[pyo3(signature = (path, parts, *, model))]
+    fn restore(
+        &self,
+        py: Python<'_>,
+        path: PathBuf,
+        parts: &Bound<'_, PyDict>,
+        model: &str,
+    ) -> PyResult<usize> {
+        let mut arrays = parts
+            .iter()
+            .map(|(name, array)| Ok((name.extract::<String>()?, readers::part_mut(&array)?)))
+            .collect::<PyResult<Vec<_>>>()?;
+        let mut parts: Vec<PartMut> = arrays
+            .iter_mut()
+            .map(|(name, array)| Ok((&**name, array.shape()[1], array.as_slice_mut()?)))
+            .collect::<PyResult<_>>()?;
+        py.detach(|| self.core().restore(&path, model, &mut parts))
+            .map_err(|error| errors::snapshot(error, &path))
+    }
+
+    /// With a host tier: where a layer reads its selection, and what to fetch before.
+    ///
+    /// Rows whose blocks have a page are read there; the others are fetched into hot rows, which lie behind the pages in the latent
+    /// cache and keep what was used last. What is planned counts as fetched: carry the plan out before the next one of the layer.
+    ///
+    /// Args:
+    ///     layer: the layer's number, below 4096; layers that share a selection may share it.
+    ///     slots: int64, any shape: block * block_size + offset of each selected row, -1 for none.
+    ///
+    /// Returns:
+    ///     (rows, sources, targets): int64 rows of the latent cache, shaped as slots, -1 for -1; int64 [f] rows of the host tier;
+    ///     int64 [f] rows of the latent cache that they are copied to.
+    ///
+    /// Raises:
+    ///     RuntimeError: there is no host tier.
+    ///     ValueError: a slot holds no row, or the selection has more than hot_rows rows of the host tier.
+    fn plan_fetch<'py>(
+        &self,
+        py: Python<'py>,
+        #[pyo3(from_py_with = readers::layer)] layer: usize,
+        slots: &Bound<'py, PyAny>,
+    ) -> PyResult<FetchArrays<'py>> {
+        let slots = readers::slots(slots)?;
+        let mut plan = FetchPlan::default();
+        self.core().plan_fetch(layer, slots.as_slice()?, &mut plan).map_err(errors::scheduler)?;
+        let rows = plan.rows.into_pyarray(py).reshape(slots.shape().to_vec())?;
+        Ok((rows, plan.sources.into_pyarray(py), plan.targets.into_pyarray(py)))
     }
 
     /// Checks everything that must hold between any two calls.
@@ -323,81 +477,6 @@ impl Scheduler {
     ///     RuntimeError: says what is broken.
     fn check_invariants(&self) -> PyResult<()> {
         self.core().check_invariants().map_err(errors::scheduler)
-    }
-}
-
-/// What runs in one step: flat arrays over its N tokens and B requests.
-///
-/// Tokens of a request are consecutive; requests are in the order of service. The arrays are the step's own: they stay valid
-/// after the next schedule().
-#[pyclass(frozen, get_all, module = "heedful")]
-pub struct Step {
-    /// [B] names.
-    request_ids: Py<PyList>,
-    /// int32 [N] ids to compute.
-    token_ids: Py<PyArray1<i32>>,
-    /// int64 [N] their positions in their sequences.
-    positions: Py<PyArray1<i64>>,
-    /// int64 [N] cache rows they are written to: block * block_size + offset.
-    slot_mapping: Py<PyArray1<i64>>,
-    /// int32 [B + 1] each request's first token among the N.
-    query_start_loc: Py<PyArray1<i32>>,
-    /// int32 [B] keys of each request, this step's included.
-    seq_lens: Py<PyArray1<i32>>,
-    /// int32 [B, M] blocks of each request, -1 past its end.
-    block_tables: Py<PyArray2<i32>>,
-    /// int32 [n] rows among the N whose logits are sampled.
-    sample_rows: Py<PyArray1<i32>>,
-    /// int32 [n] which of the B requests each sample row belongs to.
-    sample_request: Py<PyArray1<i32>>,
-    /// Names of requests that gave their blocks away for this step and will be computed anew.
-    preempted: Py<PyList>,
-}
-
-impl Step {
-    fn new(py: Python<'_>, step: core::Step) -> PyResult<Self> {
-        fn array<T: Element>(py: Python<'_>, values: Vec<T>) -> Py<PyArray1<T>> {
-            values.into_pyarray(py).unbind()
-        }
-        // Made once: a getter that builds a list anew would make a loop over the requests quadratic.
-        let names = |ids: &[Arc<str>]| PyList::new(py, ids.iter().map(|id| &**id)).map(Bound::unbind);
-        let shape = [step.request_ids.len(), step.table_width];
-        Ok(Self {
-            request_ids: names(&step.request_ids)?,
-            token_ids: array(py, step.token_ids),
-            positions: array(py, step.positions),
-            slot_mapping: array(py, step.slot_mapping),
-            query_start_loc: array(py, step.query_start_loc),
-            seq_lens: array(py, step.seq_lens),
-            block_tables: step.block_tables.into_pyarray(py).reshape(shape)?.unbind(),
-            sample_rows: array(py, step.sample_rows),
-            sample_request: array(py, step.sample_request),
-            preempted: names(&step.preempted)?,
-        })
-    }
-}
-
-#[pymethods]
-impl Step {
-    /// N, the tokens of this step.
-    #[getter]
-    fn num_tokens(&self, py: Python<'_>) -> usize {
-        self.token_ids.bind(py).len()
-    }
-
-    /// B, the requests of this step.
-    #[getter]
-    fn num_seqs(&self, py: Python<'_>) -> usize {
-        self.seq_lens.bind(py).len()
-    }
-
-    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
-        Ok(format!(
-            "Step(num_tokens={}, num_seqs={}, preempted={})",
-            self.num_tokens(py),
-            self.num_seqs(py),
-            self.preempted.bind(py).repr()?
-        ))
     }
 }
 

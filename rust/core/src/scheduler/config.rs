@@ -1,6 +1,7 @@
 //! The scheduler's limits.
 
 use super::SchedulerError;
+use crate::cache::eviction::EvictionPolicy;
 
 /// Block numbers and lengths leave as int32.
 const MOST: usize = i32::MAX as usize;
@@ -10,8 +11,36 @@ const MOST: usize = i32::MAX as usize;
 pub enum Policy {
     /// In the order of arrival.
     Fcfs,
-    /// By priority, the lower number first; by arrival among equals. Who runs is not pushed out by who waits.
+    /// By priority, the lower number first; by arrival among equals. Each `ageing_steps` of waiting make up for one unit. Who runs is
+    /// not pushed out by who waits.
     Priority,
+    /// Who shares the longest cached prefix; who has waited for `ageing_steps` goes before that, in the order of arrival.
+    LongestPrefix,
+    /// Of the tenant that got the least for its weight; in the order of arrival within a tenant.
+    Fair,
+    /// By deadline, the earlier first; those without one last, in the order of arrival.
+    Deadline,
+}
+
+impl Policy {
+    /// Every policy.
+    pub const ALL: [Self; 5] = [Self::Fcfs, Self::Priority, Self::LongestPrefix, Self::Fair, Self::Deadline];
+
+    /// The policy of this name.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|policy| policy.as_str() == name)
+    }
+
+    /// Its name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Fcfs => "fcfs",
+            Self::Priority => "priority",
+            Self::LongestPrefix => "longest_prefix",
+            Self::Fair => "fair",
+            Self::Deadline => "deadline",
+        }
+    }
 }
 
 /// Limits of a scheduler, checked when it is made.
@@ -29,16 +58,71 @@ pub struct SchedulerConfig {
     pub policy: Policy,
     /// Requests waiting at most; `None` sets no limit.
     pub max_waiting: Option<usize>,
+    /// Tokens of waiting requests at most; `None` sets no limit.
+    pub max_waiting_tokens: Option<usize>,
     /// Share of the blocks left free when a request is admitted beside others, for those to grow into.
     pub watermark: f64,
     /// Longest prompt and output together; `None` leaves the pool's size as the limit.
     pub max_model_len: Option<usize>,
+    /// Whether rows of ended requests are kept for others that begin alike.
+    pub enable_prefix_caching: bool,
+    /// Which cached block is given up first.
+    pub eviction: EvictionPolicy,
+    /// Key of the block hashes; `None` draws one.
+    pub hash_seed: Option<u64>,
+    /// Whether events of the prefix cache are kept until they are taken.
+    pub enable_events: bool,
+    /// Pages of the draft model's caches; `None` means one for each block.
+    pub num_draft_blocks: Option<usize>,
+    /// Device pages for latent rows; the rows of further blocks are in a host tier. `None` means one for each block, and no tier.
+    pub num_latent_blocks: Option<usize>,
+    /// Rows fetched from the host tier that the device keeps, for each layer.
+    pub hot_rows: usize,
+    /// Draft tokens of a request in one step at most.
+    pub num_speculative_tokens: usize,
+    /// A token at position p costs 1 + `context_cost` * p.
+    pub context_cost: f64,
+    /// Cost of a step at most; `None` lets tokens alone count.
+    pub max_batched_cost: Option<f64>,
+    /// Steps of waiting that make up for one unit of priority, or for any prefix.
+    pub ageing_steps: usize,
 }
 
 impl SchedulerConfig {
+    /// The defaults over a pool of this size.
+    pub fn new(num_blocks: usize) -> Self {
+        Self {
+            num_blocks,
+            block_size: 64,
+            max_batched_tokens: 8192,
+            max_num_seqs: 256,
+            policy: Policy::Fcfs,
+            max_waiting: None,
+            max_waiting_tokens: None,
+            watermark: 0.01,
+            max_model_len: None,
+            enable_prefix_caching: true,
+            eviction: EvictionPolicy::default(),
+            hash_seed: None,
+            enable_events: false,
+            num_draft_blocks: None,
+            num_latent_blocks: None,
+            hot_rows: 0,
+            num_speculative_tokens: 0,
+            context_cost: 0.0,
+            max_batched_cost: None,
+            ageing_steps: 1024,
+        }
+    }
+
+    /// Blocks that can be handed out: each has its rows in every cache, so the smallest cache counts, a draft model's among them.
+    pub fn usable_blocks(&self) -> usize {
+        self.num_blocks.min(self.num_draft_blocks.unwrap_or(usize::MAX))
+    }
+
     /// Slots of the whole pool, as far as an int32 length counts them: the longest sequence that can be held.
     pub fn capacity(&self) -> usize {
-        self.num_blocks.saturating_mul(self.block_size).min(MOST)
+        self.usable_blocks().saturating_mul(self.block_size).min(MOST)
     }
 
     /// Longest prompt and output together.
@@ -51,6 +135,29 @@ impl SchedulerConfig {
         tokens.div_ceil(self.block_size)
     }
 
+    /// Cost of computing `count` tokens from position `start` on.
+    pub fn cost(&self, start: usize, count: usize) -> f64 {
+        let (start, count) = (start as f64, count as f64);
+        count + self.context_cost * count * (start + (count - 1.0) / 2.0)
+    }
+
+    /// The most tokens from position `start` on, `most` at most, that cost no more than `budget`.
+    pub fn affordable(&self, start: usize, most: usize, budget: f64) -> usize {
+        if self.cost(start, most) <= budget {
+            return most;
+        }
+        let (mut enough, mut too_many) = (0, most);
+        while too_many - enough > 1 {
+            let middle = enough + (too_many - enough) / 2;
+            if self.cost(start, middle) <= budget {
+                enough = middle;
+            } else {
+                too_many = middle;
+            }
+        }
+        enough
+    }
+
     /// Checks that every limit is in its range.
     pub fn check(&self) -> Result<(), SchedulerError> {
         let sizes = [
@@ -59,7 +166,11 @@ impl SchedulerConfig {
             ("max_batched_tokens", self.max_batched_tokens),
             ("max_num_seqs", self.max_num_seqs),
             ("max_waiting", self.max_waiting.unwrap_or(1)),
+            ("max_waiting_tokens", self.max_waiting_tokens.unwrap_or(1)),
             ("max_model_len", self.max_model_len.unwrap_or(1)),
+            ("num_draft_blocks", self.num_draft_blocks.unwrap_or(1)),
+            ("num_latent_blocks", self.num_latent_blocks.unwrap_or(1)),
+            ("ageing_steps", self.ageing_steps),
         ];
         for (name, value) in sizes {
             if value == 0 || value > MOST {
@@ -67,13 +178,44 @@ impl SchedulerConfig {
                 return Err(SchedulerError::Config { name, expected, got: value.to_string() });
             }
         }
-        if !(0.0..1.0).contains(&self.watermark) {
-            let expected = "a number from 0 to below 1".to_string();
-            return Err(SchedulerError::Config {
-                name: "watermark",
-                expected,
-                got: self.watermark.to_string(),
-            });
+        for (name, value) in
+            [("num_speculative_tokens", self.num_speculative_tokens), ("hot_rows", self.hot_rows)]
+        {
+            if value >= MOST {
+                let expected = format!("an integer from 0 to {}", MOST - 1);
+                return Err(SchedulerError::Config { name, expected, got: value.to_string() });
+            }
+        }
+        if let Some(pages) = self.num_latent_blocks {
+            let least = self.most_written_blocks().saturating_mul(2);
+            if pages < least {
+                let name = "num_latent_blocks";
+                let expected = format!(
+                    "at least {least}, twice what a step of max_batched_tokens and max_num_seqs writes"
+                );
+                return Err(SchedulerError::Config { name, expected, got: pages.to_string() });
+            }
+        }
+        let numbers = [
+            ("watermark", self.watermark, (0.0..1.0).contains(&self.watermark), "a number from 0 to below 1"),
+            (
+                "context_cost",
+                self.context_cost,
+                self.context_cost.is_finite() && self.context_cost >= 0.0,
+                "a number of at least 0",
+            ),
+            (
+                "max_batched_cost",
+                self.max_batched_cost.unwrap_or(1.0),
+                self.max_batched_cost.is_none_or(|cost| cost >= 1.0),
+                "a number of at least 1",
+            ),
+        ];
+        for (name, value, holds, expected) in numbers {
+            if !holds {
+                let expected = expected.to_string();
+                return Err(SchedulerError::Config { name, expected, got: value.to_string() });
+            }
         }
         Ok(())
     }

@@ -1,73 +1,83 @@
-//! The scheduler: `schedule` plans a step, `update` takes what was sampled in it.
+//! The scheduler's state and what callers ask of it between steps. `plan` makes a step, `apply` takes what came of it.
 
-use std::collections::{BTreeMap, HashMap};
-use std::ops::Bound;
+use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 
-use super::request::{FinishReason, NewRequest, Rank, Request};
-use super::{Policy, SchedulerConfig, SchedulerError, Step};
-use crate::cache::{BlockPool, BlockTable};
+use super::flight::Flight;
+use super::request::{NewRequest, Phase, Rank, Requests, Terms};
+use super::stats::Counts;
+use super::tenants::Tenants;
+use super::tier::Tier;
+use super::waiting::Waiting;
+use super::{Policy, SchedulerConfig, SchedulerError};
+use crate::cache::eviction::Evictor;
+use crate::cache::snapshot::{self, Part, PartMut, SnapshotError};
+use crate::cache::{
+    BlockHasher, BlockPool, CacheEvent, Found, MOST_BLOCK_TOKENS, MOST_EXPECTED, Namespace, PUBLIC,
+    PrefixIndex,
+};
 
-/// Counts of a scheduler's state and past.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Requests that hold blocks.
-    pub running: usize,
-    /// Requests that hold none.
-    pub waiting: usize,
-    /// Blocks in the pool.
-    pub total_blocks: usize,
-    /// Blocks nobody holds.
-    pub free_blocks: usize,
-    /// Blocks in use.
-    pub used_blocks: usize,
-    /// The most blocks in use at the same time so far.
-    pub peak_used_blocks: usize,
-    /// Steps planned so far.
-    pub steps: u64,
-    /// Tokens planned so far.
-    pub scheduled_tokens: u64,
-    /// Preemptions so far.
-    pub preemptions: u64,
-    /// Requests that ended by themselves so far.
-    pub finished: u64,
-    /// Requests aborted so far.
-    pub aborted: u64,
-}
+/// Blocks in the log of events at most; a reader that comes later is told everything anew.
+const MOST_EVENT_BLOCKS: usize = 1 << 16;
 
 /// Continuous batching over a pool of blocks.
 #[derive(Debug)]
 pub struct Scheduler {
     pub(super) config: SchedulerConfig,
     pub(super) pool: BlockPool,
-    /// Live requests by key; keys are reused.
-    pub(super) requests: Vec<Option<Request>>,
-    pub(super) free_keys: Vec<usize>,
-    pub(super) keys: HashMap<Arc<str>, usize>,
-    /// Both queues by rank: a preempted request keeps its rank, so it is first again among those that wait.
-    pub(super) running: BTreeMap<Rank, usize>,
-    pub(super) waiting: BTreeMap<Rank, usize>,
-    arrivals: u64,
-    /// Keys of the requests in the step in flight, in its order.
-    pub(super) in_flight: Option<Vec<usize>>,
-    counts: Stats,
+    pub(super) requests: Requests,
+    /// Keys by name. The name of a fork that has not begun leads to its origin.
+    pub(super) names: HashMap<Arc<str>, u32>,
+    /// Keys of those that hold blocks, by rank.
+    pub(super) running: Vec<u32>,
+    /// Seats kept for the forks of those that run.
+    pub(super) kept_seats: usize,
+    /// A preempted request keeps its rank, so it is first again among those that wait.
+    pub(super) waiting: Waiting,
+    pub(super) tenants: Tenants,
+    pub(super) tier: Option<Tier>,
+    pub(super) arrivals: u64,
+    pub(super) forks: u64,
+    pub(super) flight: Flight,
+    pub(super) counts: Counts,
+    /// What the last lookup found; kept for its memory.
+    pub(super) found: Found,
 }
 
 impl Scheduler {
     /// A scheduler with every block free.
     pub fn new(config: SchedulerConfig) -> Result<Self, SchedulerError> {
         config.check()?;
+        let total = config.usable_blocks() as u32;
+        let mut pool = if config.enable_prefix_caching && config.block_size <= MOST_BLOCK_TOKENS {
+            let events = config.enable_events.then_some(MOST_EVENT_BLOCKS);
+            let hasher = BlockHasher::new(config.hash_seed);
+            let index =
+                PrefixIndex::new(config.block_size, hasher, events, MOST_EXPECTED.min(total as usize));
+            BlockPool::with_cache(total, index, Evictor::new(config.eviction, total))
+        } else {
+            BlockPool::new(total)
+        };
+        let tier = Tier::new(&config);
+        if tier.is_some() {
+            pool.note_freed();
+        }
         Ok(Self {
-            pool: BlockPool::new(config.num_blocks as u32),
+            pool,
+            tier,
             config,
-            requests: Vec::new(),
-            free_keys: Vec::new(),
-            keys: HashMap::new(),
-            running: BTreeMap::new(),
-            waiting: BTreeMap::new(),
+            requests: Requests::default(),
+            names: HashMap::new(),
+            running: Vec::new(),
+            kept_seats: 0,
+            waiting: Waiting::default(),
+            tenants: Tenants::default(),
             arrivals: 0,
-            in_flight: None,
-            counts: Stats::default(),
+            forks: 0,
+            flight: Flight::default(),
+            counts: Counts::default(),
+            found: Found::default(),
         })
     }
 
@@ -96,260 +106,330 @@ impl Scheduler {
         let len = new.token_ids.len();
         self.check_prompt_len(len)?;
         for (name, ids) in [("token_ids", &new.token_ids), ("stop_token_ids", &new.stop_token_ids)] {
-            if let Some(&id) = ids.iter().find(|&&id| i32::try_from(id).is_err()) {
-                return Err(SchedulerError::TokenId { name, id });
-            }
+            check_ids(name, ids)?;
         }
         if new.max_tokens == 0 {
             return Err(SchedulerError::NoTokensWanted);
         }
-        if self.keys.contains_key(&new.id) {
-            return Err(SchedulerError::DuplicateId(new.id.to_string()));
+        if !(new.weight > 0.0 && new.weight.is_finite()) {
+            return Err(SchedulerError::Weight(new.weight));
+        }
+        if new.deadline.is_some_and(f64::is_nan) {
+            return Err(SchedulerError::Deadline);
+        }
+        if new.fork_ids.len() >= self.config.max_num_seqs {
+            return Err(SchedulerError::TooManyForks {
+                most: self.config.max_num_seqs - 1,
+                got: new.fork_ids.len(),
+            });
+        }
+        if self.names.contains_key(&new.id) {
+            return Err(SchedulerError::DuplicateId { name: "request_id", id: new.id.to_string() });
+        }
+        for (place, id) in new.fork_ids.iter().enumerate() {
+            if self.names.contains_key(id) || *id == new.id || new.fork_ids[..place].contains(id) {
+                return Err(SchedulerError::DuplicateId { name: "fork_ids", id: id.to_string() });
+            }
         }
         if self.config.max_waiting.is_some_and(|most| self.waiting.len() >= most) {
             return Err(SchedulerError::QueueFull(self.waiting.len()));
         }
-        let priority = match self.config.policy {
-            Policy::Fcfs => 0,
-            Policy::Priority => new.priority,
-        };
-        let rank = (priority, self.arrivals);
+        if let Some(most) = self.config.max_waiting_tokens.filter(|&most| self.waiting.tokens() + len > most)
+            && self.waiting.len() > 0
+        {
+            return Err(SchedulerError::QueueFullOfTokens { waiting: self.waiting.tokens(), len, most });
+        }
+        let rank = Rank { key: self.rank_key(&new), arrival: self.arrivals, fork: 0 };
         self.arrivals += 1;
-        let request = Request {
+        let space = match (&new.cache_salt, self.pool.index()) {
+            (Some(salt), Some(index)) => index.hasher().space(salt),
+            _ => PUBLIC,
+        };
+        let terms = Terms {
             id: new.id.clone(),
-            rank,
-            tokens: new.token_ids,
-            prompt_len: len,
-            max_len: self.config.max_len().min(len.saturating_add(new.max_tokens)),
-            stop_token_ids: new.stop_token_ids,
-            computed: 0,
-            planned: 0,
-            table: BlockTable::default(),
-            aborted: false,
+            prompt_len: len as u32,
+            stop_token_ids: new.stop_token_ids.into(),
+            namespace: Namespace { space, shared_prefix_len: new.shared_prefix_len },
+            skip_cache: new.skip_cache,
+            tenant: self.tenants.enter(&new.tenant, new.weight),
+            deadline: new.deadline,
+            branch: 0,
+            forks: (1..).zip(new.fork_ids.iter().cloned()).collect(),
+            since: self.pool.clock,
+            preemptions: 0,
+            reused: 0,
+            matched: None,
         };
-        let key = match self.free_keys.pop() {
-            Some(key) => {
-                self.requests[key] = Some(request);
-                key
-            }
-            None => {
-                self.requests.push(Some(request));
-                self.requests.len() - 1
-            }
-        };
-        self.keys.insert(new.id, key);
-        self.waiting.insert(rank, key);
+        let max_len = self.config.max_len().min(len.saturating_add(new.max_tokens)).max(len) as u32;
+        let key = self.requests.insert(rank, new.token_ids, max_len, terms);
+        self.names.insert(new.id, key as u32);
+        self.names.extend(new.fork_ids.into_iter().map(|id| (id, key as u32)));
+        self.flight.names_changed();
+        self.waiting.insert(&self.config, &self.requests, key);
         Ok(())
     }
 
-    /// Plans the next step; `None` when no request is there.
+    /// Begins another request where one is: the same tokens, sharing the blocks of all rows that are computed.
     ///
-    /// Running requests go first, in the order of service. One that finds no block takes those of the last in the order, which
-    /// then waits to be computed anew. Waiting requests follow while budget, `max_num_seqs` and blocks allow.
-    pub fn schedule(&mut self) -> Result<Option<Step>, SchedulerError> {
-        if self.in_flight.is_some() {
-            return Err(SchedulerError::StepInFlight);
+    /// Of `max_tokens`, those that the origin has generated count as used. It runs in the next step, right behind its origin.
+    pub fn fork(
+        &mut self,
+        id: &str,
+        new_id: Arc<str>,
+        max_tokens: Option<usize>,
+    ) -> Result<(), SchedulerError> {
+        let key = self.named(id)?;
+        if self.names.contains_key(&new_id) {
+            return Err(SchedulerError::DuplicateId { name: "new_request_id", id: new_id.to_string() });
         }
-        let mut step = Step::default();
-        let mut keys = Vec::with_capacity(self.running.len() + 1);
-        let mut budget = self.config.max_batched_tokens;
-        self.plan_running(&mut budget, &mut keys, &mut step.preempted);
-        if step.preempted.is_empty() {
-            self.plan_waiting(&mut budget, &mut keys);
+        if self.flight.is_in() {
+            return Err(SchedulerError::ForkInFlight);
         }
-        if keys.is_empty() {
-            return Ok(None);
+        if max_tokens == Some(0) {
+            return Err(SchedulerError::NoTokensWanted);
         }
-        self.fill(&mut step, &keys);
-        self.counts.steps += 1;
-        self.counts.scheduled_tokens += step.token_ids.len() as u64;
-        self.in_flight = Some(keys);
-        Ok(Some(step))
-    }
-
-    /// Takes the ids sampled in the last step, one a sample row; returns the requests that ended, with their reasons.
-    ///
-    /// Ids of requests aborted since `schedule` are dropped.
-    pub fn update(&mut self, sampled: &[i32]) -> Result<Vec<(Arc<str>, FinishReason)>, SchedulerError> {
-        let step = self.in_flight.as_ref().ok_or(SchedulerError::NoStep)?;
-        let expected = step.iter().filter(|&&key| self.request(key).is_sampled()).count();
-        if sampled.len() != expected {
-            return Err(SchedulerError::SampleCount { expected, got: sampled.len() });
+        let terms = self.requests.terms(key);
+        if *terms.id != *id {
+            return Err(SchedulerError::NotBegun(id.into()));
         }
-        if let Some(&id) = sampled.iter().find(|&&id| id < 0) {
-            return Err(SchedulerError::SampledId(id));
+        let running = self.requests.phase[key] == Phase::Running;
+        if running && self.running.len() + self.kept_seats >= self.config.max_num_seqs {
+            return Err(SchedulerError::NoSeat(self.config.max_num_seqs));
         }
-        let mut sampled = sampled.iter();
-        let mut finished = Vec::new();
-        for key in self.in_flight.take().unwrap_or_default() {
-            let request = live(&mut self.requests, key);
-            let token = if request.is_sampled() { sampled.next() } else { None };
-            request.computed += std::mem::take(&mut request.planned);
-            if request.aborted {
-                self.forget(key);
-            } else if let Some(reason) = token.and_then(|&token| request.append(token as u32)) {
-                let request = self.forget(key);
-                self.running.remove(&request.rank);
-                self.keys.remove(&request.id);
-                self.counts.finished += 1;
-                finished.push((request.id, reason));
-            }
+        let prompt_len = terms.prompt_len as usize;
+        let max_len = match max_tokens {
+            None => self.requests.max_len[key] as usize,
+            Some(most) => self.config.max_len().min(prompt_len.saturating_add(most)),
+        };
+        let len = self.requests.len[key] as usize;
+        if max_len <= len && self.requests.max_len[key] as usize > len {
+            return Err(SchedulerError::ForkTooShort { generated: len - prompt_len });
         }
-        Ok(finished)
+        let terms = Terms { id: new_id, forks: Vec::new(), branch: 0, ..terms.clone() };
+        self.begin_fork(key, terms, max_len as u32);
+        Ok(())
     }
 
     /// Ends a request at once; false if there is none of this name.
     ///
     /// Its blocks are free when this returns, unless a step that writes them is in flight: then after its `update`.
     pub fn abort(&mut self, id: &str) -> bool {
-        let Some(key) = self.keys.remove(id) else { return false };
+        let Some(key) = self.names.remove(id).map(|key| key as usize) else { return false };
         self.counts.aborted += 1;
-        let request = live(&mut self.requests, key);
-        self.waiting.remove(&request.rank);
-        self.running.remove(&request.rank);
-        if request.planned > 0 {
-            request.aborted = true;
+        self.flight.names_changed();
+        let running = self.requests.phase[key] == Phase::Running;
+        let terms = self.requests.terms_mut(key);
+        if *terms.id != *id {
+            terms.forks.retain(|(_, fork)| **fork != *id);
+            self.kept_seats -= usize::from(running);
+            return true;
+        }
+        if !terms.forks.is_empty() {
+            // The prompt is computed for the others: one of them takes its place.
+            (terms.branch, terms.id) = terms.forks.remove(0);
+            self.kept_seats -= usize::from(running);
+            return true;
+        }
+        self.waiting.remove(&self.config, &self.requests, key);
+        if running {
+            self.leave_running(key);
+        }
+        if self.requests.planned[key] > 0 {
+            self.requests.phase[key] = Phase::Doomed;
         } else {
             self.forget(key);
         }
         true
     }
 
+    /// Ends, as `abort` does, the requests whose deadline is at or before `now`; their names.
+    pub fn expire(&mut self, now: f64) -> Vec<Arc<str>> {
+        let mut late = Vec::new();
+        for key in self.requests.keys() {
+            let terms = self.requests.terms(key);
+            if self.requests.phase[key] != Phase::Doomed && terms.deadline.is_some_and(|at| at <= now) {
+                late.push(terms.id.clone());
+                late.extend(terms.forks.iter().map(|(_, id)| id.clone()));
+            }
+        }
+        for id in &late {
+            self.abort(id);
+        }
+        self.counts.aborted -= late.len() as u64;
+        self.counts.expired += late.len() as u64;
+        late
+    }
+
+    /// Gives a request draft tokens, to be checked in the next step; they take the place of those it had.
+    pub fn speculate(&mut self, id: &str, drafts: &[u32]) -> Result<(), SchedulerError> {
+        let key = self.named(id)?;
+        check_ids("draft_ids", drafts)?;
+        if self.flight.is_in() {
+            return Err(SchedulerError::SpeculateInFlight);
+        }
+        let most = self.config.num_speculative_tokens;
+        if drafts.len() > most {
+            return Err(SchedulerError::TooManyDrafts { most, got: drafts.len() });
+        }
+        self.set_drafts(key, drafts.iter().copied());
+        Ok(())
+    }
+
     /// Whether any request is there.
     pub fn has_unfinished(&self) -> bool {
-        !self.keys.is_empty()
+        !self.names.is_empty()
     }
 
     /// A request's prompt and output so far.
     pub fn token_ids(&self, id: &str) -> Result<&[u32], SchedulerError> {
-        self.named(id).map(|request| &request.tokens[..])
+        Ok(self.requests.known(self.named(id)?))
     }
 
     /// A request's output so far.
     pub fn output_token_ids(&self, id: &str) -> Result<&[u32], SchedulerError> {
-        self.named(id).map(|request| &request.tokens[request.prompt_len..])
+        let key = self.named(id)?;
+        Ok(&self.requests.known(key)[self.requests.terms(key).prompt_len as usize..])
     }
 
-    /// Counts of state and past.
-    pub fn stats(&self) -> Stats {
-        Stats {
-            running: self.running.len(),
-            waiting: self.waiting.len(),
-            total_blocks: self.pool.total(),
-            free_blocks: self.pool.free(),
-            used_blocks: self.pool.total() - self.pool.free(),
-            peak_used_blocks: self.pool.peak_used(),
-            ..self.counts
+    /// What happened to the prefix cache since the last call.
+    pub fn take_events(&mut self) -> Vec<CacheEvent> {
+        self.pool.index_mut().map_or(Vec::new(), PrefixIndex::take_events)
+    }
+
+    /// Forgets all cached blocks that no request uses; how many.
+    pub fn clear_cache(&mut self) -> usize {
+        self.pool.clear_idle()
+    }
+
+    /// Writes the prefix cache to a file, rows included; how many blocks. Each part is the memory of one cache; `model` says what the rows are of.
+    pub fn snapshot(&self, path: &Path, model: &str, parts: &[Part]) -> Result<usize, SnapshotError> {
+        if self.tier.is_some() {
+            return Err(SnapshotError::HostTier);
+        }
+        snapshot::write(&self.pool, path, model, parts)
+    }
+
+    /// Fills the empty prefix cache from a file, rows included; how many blocks. A file that is damaged or of something else is
+    /// refused, and the cache stays empty.
+    pub fn restore(
+        &mut self,
+        path: &Path,
+        model: &str,
+        parts: &mut [PartMut],
+    ) -> Result<usize, SnapshotError> {
+        if self.tier.is_some() {
+            return Err(SnapshotError::HostTier);
+        }
+        snapshot::read(&mut self.pool, path, model, parts)
+    }
+
+    pub(super) fn named(&self, id: &str) -> Result<usize, SchedulerError> {
+        self.names.get(id).map(|&key| key as usize).ok_or_else(|| SchedulerError::UnknownId(id.into()))
+    }
+
+    /// What the policy says of a new request's place, by itself.
+    fn rank_key(&self, new: &NewRequest) -> i128 {
+        match self.config.policy {
+            // All that wait age alike, so the order among them never changes.
+            Policy::Priority => {
+                i128::from(new.priority) * self.config.ageing_steps as i128 + i128::from(self.pool.clock)
+            }
+            Policy::Deadline => new.deadline.map_or(i128::MAX, ordered_bits),
+            Policy::Fcfs | Policy::LongestPrefix | Policy::Fair => 0,
         }
     }
 
-    fn named(&self, id: &str) -> Result<&Request, SchedulerError> {
-        self.keys.get(id).map(|&key| self.request(key)).ok_or_else(|| SchedulerError::UnknownId(id.into()))
+    /// Makes a request with the tokens of the one of `key`: it runs if that one does, with the same blocks.
+    pub(super) fn begin_fork(&mut self, key: usize, terms: Terms, max_len: u32) -> usize {
+        self.forks += 1;
+        self.offer(key, self.requests.computed[key] as usize / self.config.block_size);
+        let rank = Rank { fork: self.forks, ..self.requests.rank[key] };
+        let tokens = self.requests.known(key).to_vec();
+        self.tenants.enter_fork(terms.tenant);
+        let id = terms.id.clone();
+        let fork = self.requests.insert(rank, tokens, max_len, terms);
+        self.names.insert(id, fork as u32);
+        self.flight.names_changed();
+        if self.requests.phase[key] == Phase::Running {
+            self.requests.phase[fork] = Phase::Running;
+            self.requests.computed[fork] = self.requests.computed[key];
+            self.requests.offered[fork] = self.requests.offered[key];
+            let blocks = self.config.blocks_for(self.requests.computed[key] as usize);
+            self.requests.tables[fork] = self.pool.share(&self.requests.tables[key], blocks);
+            self.enter_running(fork);
+        } else {
+            self.waiting.insert(&self.config, &self.requests, fork);
+        }
+        fork
     }
 
-    fn request(&self, key: usize) -> &Request {
-        self.requests[key].as_ref().expect("keys in queues and steps are live")
-    }
-
-    fn plan_running(&mut self, budget: &mut usize, keys: &mut Vec<usize>, preempted: &mut Vec<Arc<str>>) {
-        let mut behind = Bound::Unbounded;
-        while let Some((&rank, &key)) = self.running.range((behind, Bound::Unbounded)).next() {
-            if *budget == 0 {
-                return;
-            }
-            let request = live(&mut self.requests, key);
-            let tokens = request.wanted().min(*budget);
-            let missing = self.config.blocks_for(request.computed + tokens) - request.table.len();
-            if self.pool.grow(&mut request.table, missing) {
-                *budget -= tokens;
-                request.planned = tokens;
-                keys.push(key);
-                behind = Bound::Excluded(rank);
-                continue;
-            }
-            // Requests before this one have their blocks; the last in the order gives way, and may be this one itself.
-            let (_, victim) = self.running.pop_last().expect("this request runs");
-            preempted.push(self.preempt(victim));
+    pub(super) fn set_drafts(&mut self, key: usize, drafts: impl Iterator<Item = u32>) {
+        self.requests.drop_drafts(key);
+        // Drafts follow a token that waits for its row alone: behind a prompt's they would only be recomputed.
+        if self.requests.wanted(key) == 1 && self.requests.terms(key).forks.is_empty() {
+            let most = self.requests.most_drafts(key, &self.config);
+            self.requests.tokens[key].extend(drafts.take(most));
         }
     }
 
-    fn plan_waiting(&mut self, budget: &mut usize, keys: &mut Vec<usize>) {
-        // Budget is left only when all that run have blocks for every token they have, so no free block is promised to one.
-        let reserve = (self.config.watermark * self.pool.total() as f64).ceil() as usize;
-        while *budget > 0 && self.running.len() < self.config.max_num_seqs {
-            let Some((&rank, &key)) = self.waiting.first_key_value() else { return };
-            let request = live(&mut self.requests, key);
-            let whole = self.config.blocks_for(request.tokens.len());
-            let kept = if self.running.is_empty() { 0 } else { reserve };
-            if whole + kept > self.pool.free() {
-                return; // the first in the order is not passed by a smaller one behind it
-            }
-            let tokens = request.wanted().min(*budget);
-            let grown = self.pool.grow(&mut request.table, self.config.blocks_for(tokens));
-            debug_assert!(grown, "free blocks were counted");
-            *budget -= tokens;
-            request.planned = tokens;
-            keys.push(key);
-            self.waiting.pop_first();
-            self.running.insert(rank, key);
-        }
+    /// Adds a key to those that run.
+    pub(super) fn enter_running(&mut self, key: usize) {
+        let place = self.place_in_running(key);
+        self.running.insert(place, key as u32);
+        self.kept_seats += self.requests.terms(key).forks.len();
     }
 
-    /// Writes the plan out as flat arrays.
-    fn fill(&self, step: &mut Step, keys: &[usize]) {
-        let block_size = self.config.block_size;
-        let total = keys.iter().map(|&key| self.request(key).planned).sum();
-        step.table_width = keys.iter().map(|&key| self.request(key).table.len()).max().unwrap_or(0);
-        step.request_ids.reserve_exact(keys.len());
-        step.token_ids.reserve_exact(total);
-        step.positions.reserve_exact(total);
-        step.slot_mapping.reserve_exact(total);
-        step.query_start_loc.reserve_exact(keys.len() + 1);
-        step.seq_lens.reserve_exact(keys.len());
-        step.block_tables.reserve_exact(keys.len() * step.table_width);
-        step.query_start_loc.push(0);
-        for (place, &key) in keys.iter().enumerate() {
-            let request = self.request(key);
-            let range = request.computed..request.computed + request.planned;
-            let blocks = request.table.blocks();
-            step.request_ids.push(request.id.clone());
-            step.token_ids.extend(request.tokens[range.clone()].iter().map(|&id| id as i32));
-            step.positions.extend(range.clone().map(|position| position as i64));
-            step.slot_mapping.extend(range.clone().map(|position| {
-                let block = i64::from(blocks[position / block_size]);
-                block * block_size as i64 + (position % block_size) as i64
-            }));
-            step.query_start_loc.push(step.token_ids.len() as i32);
-            step.seq_lens.push(range.end as i32);
-            step.block_tables.extend(blocks.iter().map(|&block| block as i32));
-            step.block_tables.resize((place + 1) * step.table_width, -1);
-            if request.is_sampled() {
-                step.sample_rows.push(step.token_ids.len() as i32 - 1);
-                step.sample_request.push(place as i32);
-            }
-        }
+    /// Takes a key from those that run.
+    pub(super) fn leave_running(&mut self, key: usize) {
+        let place = self.place_in_running(key);
+        debug_assert_eq!(self.running[place], key as u32);
+        self.running.remove(place);
+        self.kept_seats -= self.requests.terms(key).forks.len();
     }
 
-    /// Takes a running request's blocks and lets it wait; its name.
-    fn preempt(&mut self, key: usize) -> Arc<str> {
-        let request = live(&mut self.requests, key);
-        self.pool.release(&mut request.table);
-        request.computed = 0;
-        self.waiting.insert(request.rank, key);
-        self.counts.preemptions += 1;
-        request.id.clone()
+    fn place_in_running(&self, key: usize) -> usize {
+        let rank = self.requests.rank[key];
+        self.running.partition_point(|&other| self.requests.rank[other as usize] < rank)
+    }
+
+    /// Gives all blocks of a request back; their rows stay for reuse, those of the last, partly filled one too.
+    pub(super) fn release_blocks(&mut self, key: usize) {
+        let computed = self.requests.computed[key] as usize;
+        let (full, rest) = (computed / self.config.block_size, computed % self.config.block_size);
+        self.offer(key, full);
+        let table = &mut self.requests.tables[key];
+        if rest > 0 && full < table.len() {
+            let block = table.blocks()[full];
+            if !self.pool.is_shared(block) && !self.pool.is_cached(block) {
+                let tokens = &self.requests.tokens[key][computed - rest..computed];
+                let namespace = self.requests.terms[key].as_ref().expect("it is live").namespace;
+                self.pool.cache_block(table, full, namespace, tokens);
+            }
+        }
+        let output = self.requests.len[key] - self.requests.terms(key).prompt_len;
+        self.pool.release_after(&mut self.requests.tables[key], output as usize);
+        self.requests.computed[key] = 0;
+        self.requests.offered[key] = 0;
     }
 
     /// Ends a request's life: its blocks and its key are free.
-    fn forget(&mut self, key: usize) -> Request {
-        let mut request = self.requests[key].take().expect("a request is forgotten once");
-        self.pool.release(&mut request.table);
-        self.free_keys.push(key);
-        request
+    pub(super) fn forget(&mut self, key: usize) -> Terms {
+        self.release_blocks(key);
+        let terms = self.requests.remove(key);
+        self.tenants.leave(terms.tenant);
+        terms
     }
 }
 
-/// The request of a key that is known to be live. Not a method, so that other fields stay borrowable.
-fn live(requests: &mut [Option<Request>], key: usize) -> &mut Request {
-    requests[key].as_mut().expect("keys in queues and plans are live")
+fn check_ids(name: &'static str, ids: &[u32]) -> Result<(), SchedulerError> {
+    match ids.iter().find(|&&id| i32::try_from(id).is_err()) {
+        Some(&id) => Err(SchedulerError::TokenId { name, id }),
+        None => Ok(()),
+    }
+}
+
+/// Integers in the order of the numbers, NaN aside.
+fn ordered_bits(number: f64) -> i128 {
+    let bits = (number + 0.0).to_bits() as i64; // -0 becomes 0
+    i128::from(bits ^ ((bits >> 63) as u64 >> 1) as i64)
 }

@@ -8,16 +8,13 @@ use std::sync::Arc;
 
 use super::*;
 
+/// Limits without a prefix cache, whose blocks are free when they are not in use.
 fn config(num_blocks: usize, block_size: usize) -> SchedulerConfig {
     SchedulerConfig {
-        num_blocks,
         block_size,
-        max_batched_tokens: 8192,
-        max_num_seqs: 256,
-        policy: Policy::Fcfs,
-        max_waiting: None,
         watermark: 0.0,
-        max_model_len: None,
+        enable_prefix_caching: false,
+        ..SchedulerConfig::new(num_blocks)
     }
 }
 
@@ -27,8 +24,7 @@ fn scheduler(config: SchedulerConfig) -> Scheduler {
 
 /// A request for tokens 0, 1, ... `len` - 1.
 fn request(id: &str, len: usize, max_tokens: usize) -> NewRequest {
-    let token_ids = (0..len as u32).collect();
-    NewRequest { id: id.into(), token_ids, max_tokens, priority: 0, stop_token_ids: vec![] }
+    NewRequest::new(id, (0..len as u32).collect(), max_tokens)
 }
 
 fn names(ids: &[Arc<str>]) -> Vec<&str> {
@@ -43,7 +39,7 @@ fn run(scheduler: &mut Scheduler) -> (Ran, Ended) {
     let step = scheduler.schedule().unwrap().unwrap();
     let counts = step.query_start_loc.windows(2).map(|pair| (pair[1] - pair[0]) as usize);
     let ran = step.request_ids.iter().map(|id| id.to_string()).zip(counts).collect();
-    let ended = scheduler.update(&vec![7; step.sample_rows.len()]).unwrap();
+    let ended = scheduler.update(&vec![7; step.sample_rows.len()], None).unwrap();
     scheduler.check_invariants().unwrap();
     (ran, ended.into_iter().map(|(id, reason)| (id.to_string(), reason)).collect())
 }
@@ -68,7 +64,7 @@ fn a_prompt_is_computed_whole_then_token_by_token() {
     assert_eq!((&step.query_start_loc[..], &step.seq_lens[..]), (&[0, 5][..], &[5][..]));
     assert_eq!((&step.block_tables[..], step.table_width), (&[0, 1][..], 2));
     assert_eq!((&step.sample_rows[..], &step.sample_request[..]), (&[4][..], &[0][..]));
-    assert_eq!(s.update(&[9]), Ok(vec![]));
+    assert_eq!(s.update(&[9], None), Ok(vec![]));
     let step = s.schedule().unwrap().unwrap();
     assert_eq!(
         (&step.token_ids[..], &step.positions[..], &step.slot_mapping[..]),
@@ -76,7 +72,7 @@ fn a_prompt_is_computed_whole_then_token_by_token() {
     );
     assert_eq!((&step.sample_rows[..], &step.seq_lens[..]), (&[0][..], &[6][..]));
     assert_eq!(s.output_token_ids("a"), Ok(&[9][..]));
-    assert_eq!(s.update(&[8]), Ok(vec![("a".into(), FinishReason::Length)]));
+    assert_eq!(s.update(&[8], None), Ok(vec![("a".into(), FinishReason::Length)]));
     assert_eq!(s.schedule(), Ok(None));
 }
 
@@ -102,7 +98,7 @@ fn a_long_prompt_is_computed_in_chunks_and_sampled_once() {
         let step = s.schedule().unwrap().unwrap();
         assert_eq!(step.positions, positions.collect::<Vec<i64>>());
         assert_eq!(step.sample_rows.len(), samples);
-        s.update(&vec![7; samples]).unwrap();
+        s.update(&vec![7; samples], None).unwrap();
     }
     assert!(!s.has_unfinished());
 }
@@ -179,12 +175,12 @@ fn the_last_in_the_order_gives_way_and_is_computed_anew() {
     let step = s.schedule().unwrap().unwrap();
     assert_eq!((names(&step.request_ids), names(&step.preempted)), (vec!["a"], vec!["b"]));
     assert_eq!((s.stats().running, s.stats().waiting, s.stats().preemptions), (1, 1, 1));
-    s.update(&[7]).unwrap();
+    s.update(&[7], None).unwrap();
     // b has 9 tokens and finds one free block, so it waits for a to end, then runs from its start, its output included.
     assert_eq!(run(&mut s), (counts(&[("a", 1)]), vec![("a".into(), FinishReason::Length)]));
     let step = s.schedule().unwrap().unwrap();
     assert_eq!((&step.token_ids[5..], &step.sample_rows[..]), (&[5, 6, 7, 7][..], &[8][..]));
-    assert_eq!(s.update(&[7]), Ok(vec![("b".into(), FinishReason::Length)]));
+    assert_eq!(s.update(&[7], None), Ok(vec![("b".into(), FinishReason::Length)]));
 }
 
 #[test]
@@ -277,7 +273,7 @@ fn an_aborted_request_is_gone_at_once_and_its_blocks_when_no_step_writes_them() 
     s.check_invariants().unwrap();
     // The name is free, for a request that the step in flight does not know.
     s.add(request("a", 1, 1)).unwrap();
-    assert_eq!(s.update(&vec![7; step.sample_rows.len()]), Ok(vec![]));
+    assert_eq!(s.update(&vec![7; step.sample_rows.len()], None), Ok(vec![]));
     assert_eq!((s.stats().used_blocks, s.stats().aborted), (0, 2));
     assert_eq!(s.output_token_ids("a"), Ok(&[][..]));
     assert_eq!(run(&mut s).1, [("a".into(), FinishReason::Length)]);
@@ -317,15 +313,15 @@ fn a_refused_request_leaves_no_trace() {
 #[test]
 fn calls_out_of_turn_are_refused_and_the_step_stays() {
     let mut s = scheduler(config(4, 4));
-    assert_eq!(s.update(&[]), Err(SchedulerError::NoStep));
+    assert_eq!(s.update(&[], None), Err(SchedulerError::NoStep));
     assert_eq!(s.token_ids("a"), Err(SchedulerError::UnknownId("a".into())));
     s.add(request("a", 3, 1)).unwrap();
     s.schedule().unwrap().unwrap();
     assert_eq!(s.schedule(), Err(SchedulerError::StepInFlight));
-    assert_eq!(s.update(&[]), Err(SchedulerError::SampleCount { expected: 1, got: 0 }));
-    assert_eq!(s.update(&[1, 2]), Err(SchedulerError::SampleCount { expected: 1, got: 2 }));
-    assert_eq!(s.update(&[-3]), Err(SchedulerError::SampledId(-3)));
-    assert_eq!(s.update(&[3]).unwrap().len(), 1);
+    assert_eq!(s.update(&[], None), Err(SchedulerError::SampleCount { expected: 1, got: 0 }));
+    assert_eq!(s.update(&[1, 2], None), Err(SchedulerError::SampleCount { expected: 1, got: 2 }));
+    assert_eq!(s.update(&[-3], None), Err(SchedulerError::SampledId(-3)));
+    assert_eq!(s.update(&[3], None).unwrap().len(), 1);
 }
 
 #[test]
@@ -381,47 +377,47 @@ fn check_invariants_finds_every_kind_of_damage() {
         s.check_invariants().unwrap();
         s
     };
-    fn held(requests: &mut [Option<request::Request>], key: usize) -> &mut request::Request {
-        requests[key].as_mut().unwrap()
-    }
-    let damages: [Damage; 16] = [
-        ("block 0 is lost", |s| held(&mut s.requests, 0).table = Default::default()),
+    let damages: [Damage; 20] = [
+        ("block 0 is lost", |s| s.requests.tables[0] = Default::default()),
         ("a table has another length: \"a\"", |s| {
-            assert!(s.pool.grow(&mut held(&mut s.requests, 0).table, 1));
+            assert!(s.pool.grow(&mut s.requests.tables[0], 1));
         }),
-        ("a table has another length: \"b\"", |s| s.pool.release(&mut held(&mut s.requests, 1).table)),
-        ("a table has another length: \"a\"", |s| held(&mut s.requests, 0).computed -= 1),
-        ("more is computed than there is: \"a\"", |s| held(&mut s.requests, 0).computed += 2),
+        ("a table has another length: \"b\"", |s| s.pool.release(&mut s.requests.tables[1])),
+        ("a block was offered to the cache before it was full: \"a\"", |s| s.requests.offered[0] = 2),
+        ("a table has another length: \"a\"", |s| s.requests.computed[0] -= 1),
+        ("more is computed than there is: \"a\"", |s| s.requests.computed[0] += 2),
+        ("a request has fewer tokens than it knows: \"c\"", |s| s.requests.len[2] += 1),
+        ("a request has too many drafts: \"a\"", |s| s.requests.tokens[0].push(1)),
         ("a request is in both queues or in none: \"a\"", |s| {
-            s.running.pop_first();
+            s.running.remove(0);
         }),
-        ("a request is in both queues or in none: \"c\"", |s| {
-            s.running.insert(held(&mut s.requests, 2).rank, 2);
-        }),
+        ("a request is in both queues or in none: \"c\"", |s| s.running.push(2)),
+        ("a request is in the wrong queue: \"c\"", |s| s.requests.phase[2] = request::Phase::Running),
+        ("those that run are not in the order of service", |s| s.running.reverse()),
+        ("seats for forks are counted wrongly", |s| s.kept_seats = 1),
         ("a request's name is lost: \"b\"", |s| {
-            s.keys.insert("b".into(), 0);
+            s.names.insert("b".into(), 0);
         }),
         ("names and requests differ in number", |s| {
-            s.keys.insert("e".into(), 0);
+            s.names.insert("e".into(), 0);
         }),
-        ("queues and requests differ in number", |s| {
-            s.waiting.insert((0, 99), 0);
+        ("a request is too long: \"c\"", |s| {
+            s.requests.tokens[2] = vec![1; 15];
+            s.requests.len[2] = 15;
         }),
-        ("a request is too long: \"c\"", |s| held(&mut s.requests, 2).tokens = vec![1; 15]),
-        ("a waiting request has computed tokens, or a running one has none: \"b\"", |s| {
-            let rank = held(&mut s.requests, 1).rank;
-            s.running.remove(&rank);
-            s.waiting.insert(rank, 1);
+        ("a waiting request has computed tokens: \"b\"", |s| {
+            s.running.remove(1);
+            s.requests.phase[1] = request::Phase::Waiting;
+            s.waiting.insert(&s.config, &s.requests, 1);
         }),
         ("more requests run than max_num_seqs", |s| s.config.max_num_seqs = 1),
-        ("free keys and empty slots differ", |s| s.free_keys.push(0)),
-        ("free keys and empty slots differ", |s| s.free_keys.clear()),
-        ("an aborted request lives on: \"c\"", |s| held(&mut s.requests, 2).aborted = true),
+        ("free keys and empty slots differ", |s| s.requests.free_keys.push(0)),
+        ("free keys and empty slots differ", |s| s.requests.free_keys.clear()),
     ];
     let damages_in_flight: [Damage; 4] = [
-        ("the step in flight and its requests differ", |s| s.in_flight = None),
-        ("the step in flight and its requests differ", |s| s.in_flight.as_mut().unwrap().push(0)),
-        ("more is computed than there is: \"a\"", |s| held(&mut s.requests, 0).planned += 1),
+        ("the step in flight and its requests differ", |s| s.flight.land()),
+        ("the step in flight and its requests differ", |s| s.flight.keys.push(0)),
+        ("more is computed than there is: \"a\"", |s| s.requests.planned[0] += 1),
         ("the step in flight is larger than max_batched_tokens", |s| s.config.max_batched_tokens = 1),
     ];
     let cases = damages.map(|damage| (false, damage)).into_iter().chain(damages_in_flight.map(|d| (true, d)));

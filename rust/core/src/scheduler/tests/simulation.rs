@@ -93,7 +93,7 @@ impl Simulation {
         } else if len > self.cache.len() {
             Err(SchedulerError::LargerThanPool { len, capacity: self.cache.len() })
         } else if self.live.contains_key(&new.id) {
-            Err(SchedulerError::DuplicateId(new.id.to_string()))
+            Err(SchedulerError::DuplicateId { name: "request_id", id: new.id.to_string() })
         } else if self.config.max_waiting.is_some_and(|most| before.waiting >= most) {
             Err(SchedulerError::QueueFull(before.waiting))
         } else {
@@ -149,7 +149,7 @@ impl Simulation {
     /// Gives the sampled ids back; requests must end when and as they would alone.
     pub fn update(&mut self) {
         let Some(flight) = self.flight.take() else {
-            assert_eq!(self.scheduler.update(&[]), Err(SchedulerError::NoStep));
+            assert_eq!(self.scheduler.update(&[], None), Err(SchedulerError::NoStep));
             return;
         };
         let mut expected = Vec::new();
@@ -170,7 +170,7 @@ impl Simulation {
                 self.live.remove(id);
             }
         }
-        assert_eq!(self.scheduler.update(&flight.sampled), Ok(expected));
+        assert_eq!(self.scheduler.update(&flight.sampled, None), Ok(expected));
         self.check();
     }
 
@@ -180,10 +180,10 @@ impl Simulation {
         let mut ids = self.flight.as_ref().map_or(Vec::new(), |flight| flight.sampled.clone());
         if let Some(first) = ids.first_mut() {
             *first = -1;
-            assert!(self.scheduler.update(&ids).is_err());
+            assert!(self.scheduler.update(&ids, None).is_err());
         }
         ids.push(0);
-        assert!(self.scheduler.update(&ids).is_err());
+        assert!(self.scheduler.update(&ids, None).is_err());
         assert_eq!(self.scheduler.stats(), before);
         self.check();
     }
@@ -243,7 +243,7 @@ impl Simulation {
         let order = |part: &[&Tracked]| part.iter().map(|tracked| tracked.rank).collect::<Vec<_>>();
         assert!(order(&old).is_sorted() && order(&new).is_sorted(), "not in the order of service");
         let expected: Vec<_> = old.iter().chain(&new).map(|tracked| tracked.new.id.clone()).collect();
-        assert_eq!(step.request_ids, expected);
+        assert_eq!(*step.request_ids, expected);
         // No newcomer passes another one.
         let waiting: Vec<_> =
             self.in_order().into_iter().filter(|r| r.computed == 0).map(|r| r.rank).collect();

@@ -32,11 +32,9 @@ fn new_request(block_size: usize, num_blocks: usize) -> impl Strategy<Value = Ne
     let stops = prop::collection::vec(0..VOCAB, 0..2);
     (0u8..12, ids, 1usize..40, -2i64..3, stops).prop_map(
         |(name, token_ids, max_tokens, priority, stop_token_ids)| NewRequest {
-            id: name.to_string().into(),
-            token_ids,
-            max_tokens,
             priority,
             stop_token_ids,
+            ..NewRequest::new(&name.to_string(), token_ids, max_tokens)
         },
     )
 }
