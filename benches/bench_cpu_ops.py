@@ -105,13 +105,9 @@ def measure(family: work.Family, budget: float, most: int) -> dict[str, float]:
     return {f"{who} {name}": statistics.median(values) for (who, name), values in times.items()}
 
 
-def record(S: int, threads: int, family: work.Family, medians: dict[str, float], rates: dict[str, Any]) -> Row:
+def record(S: int, threads: int, family: work.Family, medians: dict[str, float]) -> Row:
     """What was measured of one piece of work at one context."""
     ours = {name: medians[f"heedful {name}"] * 1e3 for name in family.ours}
-    limits = {}
-    for name, (ceiling, amount) in family.work.items():
-        if rate := rates.get(ceiling):
-            limits[name] = [amount / (rate * 1e9 * threads) * 1e3 / ours[name], ceiling]
     return {
         "work": family.name,
         "S": S,
@@ -120,7 +116,7 @@ def record(S: int, threads: int, family: work.Family, medians: dict[str, float],
         "peers": {name: medians[f"peer {name}"] * 1e3 for name in family.peers},
         "base": family.base,
         "goals": family.goals,
-        "limits": limits,
+        "amounts": family.work,
     }
 
 
@@ -129,7 +125,14 @@ def ratio(row: Row, way: str) -> float:
     return float(row["peers"][row["base"][way]] / row["ours"][way])
 
 
-def table(rows: list[Row]) -> str:
+def share(row: Row, way: str, rates: dict[str, float]) -> str:
+    """The time that the ceiling allows, over ours."""
+    ceiling, amount = row["amounts"].get(way, ("", 0.0))
+    rate = rates.get(ceiling)
+    return "-" if not rate else f"{amount / (rate * 1e6 * row['threads']) / row['ours'][way]:.0%}"
+
+
+def table(rows: list[Row], rates: dict[str, float]) -> str:
     """A block for each piece of work and number of threads; a line for each way, a column for each context."""
     blocks: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
@@ -142,10 +145,10 @@ def table(rows: list[Row]) -> str:
         lines.append(f"{title:<44}{contexts}  of limit")
         for way in block[0]["ours"]:
             cells = "".join(f"{row['ours'][way]:>10.3f}{ratio(row, way):>6.1f}x" for row in block)
-            share = ", ".join(f"{row['limits'][way][0]:.0%}" for row in block if way in row["limits"])
-            kind = next((f" {row['limits'][way][1]}" for row in block if way in row["limits"]), "")
+            shares = ", ".join(share(row, way, rates) for row in block) if way in block[0]["amounts"] else ""
+            kind = block[0]["amounts"][way][0] if shares else ""
             label = f"{way} (to {block[0]['base'][way]})"
-            lines.append(f"  {label:<42}{cells}  {share}{kind}".rstrip())
+            lines.append(f"  {label:<42}{cells}  {shares} {kind}".rstrip())
         for peer in block[0]["peers"]:
             cells = "".join(f"{row['peers'][peer]:>10.3f}{'':>7}" for row in block)
             lines.append(f"  {peer:<42}{cells}".rstrip())
@@ -236,7 +239,9 @@ def main() -> None:
     if args.data and args.data.exists():
         known = json.loads(args.data.read_text())
     progress("ceilings ...")
-    known["ceilings"] = ceilings() or known["ceilings"]
+    for name, rate in ceilings().items():
+        if rate is not None:  # of several pieces, the one that nothing disturbed
+            known["ceilings"][name] = max(rate, known["ceilings"].get(name, 0.0))
     progress("inputs ...")
     inputs = work.Inputs(max(args.contexts))
     for threads in args.threads:
@@ -245,7 +250,7 @@ def main() -> None:
         for S, family in families(inputs, args.parts, args.contexts):
             start = time.perf_counter()
             medians = measure(family, args.budget, args.runs)
-            row = record(S, threads, family, medians, known["ceilings"])
+            row = record(S, threads, family, medians)
             known["rows"][f"{family.name}/{S}/{threads}"] = row
             seconds = time.perf_counter() - start
             progress(f"{family.name}, S = {S:,}, {threads} threads: {seconds:.1f} s")
@@ -253,9 +258,9 @@ def main() -> None:
                 args.data.write_text(json.dumps(known))
 
     rows = list(known["rows"].values())
-    rates = ", ".join(f"{name} {rate:g}" for name, rate in known["ceilings"].items() if rate is not None)
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in known["ceilings"].items())
     head = f"{known['machine']}\nceilings of one core, G operations or GB a second: {rates}"
-    text = f"{head}\n\n{table(rows)}\n{goals(rows)}"
+    text = f"{head}\n\n{table(rows, known['ceilings'])}\n{goals(rows)}"
     print(text)
     if args.record:
         title = "# CPU operators beside torch and NumPy (benches/bench_cpu_ops.py)"
