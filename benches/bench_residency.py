@@ -37,7 +37,7 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", type=int, default=131_072, help="tokens of a prompt")
-    parser.add_argument("--output", type=int, default=3000, help="tokens of an answer")
+    parser.add_argument("--output", type=int, default=900, help="tokens of an answer")
     parser.add_argument("--requests", type=int, default=45, help="how many arrive at once")
     parser.add_argument("--fits", type=float, default=8.1, help="requests that the budget holds without the tier")
     parser.add_argument("--hot-rows", type=int, default=65_536, help="fetched rows that the device keeps, a layer")

@@ -257,7 +257,7 @@ class Model:
 
     def set_drafts(self, request: Request, drafts: list[int]) -> None:
         request.drafts = []
-        decoding = self.s.explain(request.name)["computed_tokens"] == len(request.tokens) - 1
+        decoding = 0 < self.s.explain(request.name)["computed_tokens"] == len(request.tokens) - 1
         if decoding and not request.forks:
             request.drafts = drafts[: max(request.max_len - len(request.tokens) - 1, 0)]
         assert self.s.explain(request.name)["draft_tokens"] == len(request.drafts)
@@ -481,7 +481,10 @@ class Model:
                 with pytest.raises(ValueError, match="damaged"):
                     other.s.restore(Path(directory) / "damaged", other.parts(), model="toy")
             other.check()
-            assert other.s.restore(path, other.parts(), model="toy") == count
+            # A part of a block that another one holds too does not come back.
+            restored = other.s.restore(path, other.parts(), model="toy")
+            assert min(count, 1) <= restored <= count
+            assert restored == other.s.stats()["cached_blocks"]
         for _ in range(40):
             other.operate()
         other.drain()

@@ -155,6 +155,17 @@ def test_accepted_drafts_are_kept_and_rejected_ones_leave_no_row() -> None:
     assert first_step(s, "b", [0, 1, 2, 3, 4, 5, 6, 8, 1]).positions.tolist() == [7, 8]
 
 
+def test_drafts_before_the_first_step_are_dropped() -> None:
+    s = scheduler(num_speculative_tokens=3)
+    s.add("a", [1], max_tokens=9)
+    s.speculate("a", [2, 3])
+    assert s.explain("a")["draft_tokens"] == 0
+    step = s.schedule()
+    assert step is not None
+    assert step.num_tokens == 1
+    update(s, step)
+
+
 def test_an_abandoned_step_counts_for_nothing() -> None:
     s = scheduler()
     serve(s, "a", list(range(6)), max_tokens=1)

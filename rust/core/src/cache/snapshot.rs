@@ -113,8 +113,8 @@ pub fn write(pool: &BlockPool, path: &Path, model: &str, parts: &[Part]) -> Resu
     Ok(blocks.len())
 }
 
-/// Fills an empty cache from a file; how many blocks came back. Those that the pool has no room for stay out, and salted ones where
-/// salts are hashed with another key.
+/// Fills an empty cache from a file; how many blocks came back. Those that the pool has no room for stay out, salted ones where
+/// salts are hashed with another key, and parts of blocks whose rows another one holds too.
 pub fn read(pool: &mut BlockPool, path: &Path, model: &str, parts: &mut [PartMut]) -> Result<usize> {
     let index = pool.index().ok_or(SnapshotError::NoCache)?;
     if !index.is_empty() {

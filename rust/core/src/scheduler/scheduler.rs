@@ -366,7 +366,8 @@ impl Scheduler {
     pub(super) fn set_drafts(&mut self, key: usize, drafts: impl Iterator<Item = u32>) {
         self.requests.drop_drafts(key);
         // Drafts follow a token that waits for its row alone: behind a prompt's they would only be recomputed.
-        if self.requests.wanted(key) == 1 && self.requests.terms(key).forks.is_empty() {
+        let decodes = self.requests.computed[key] > 0 && self.requests.wanted(key) == 1;
+        if decodes && self.requests.terms(key).forks.is_empty() {
             let most = self.requests.most_drafts(key, &self.config);
             self.requests.tokens[key].extend(drafts.take(most));
         }
