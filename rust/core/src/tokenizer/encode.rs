@@ -238,26 +238,23 @@ impl Encoder<'_> {
             self.pieces.ask_long(miss.hash);
         }
         let mut rest = list.iter_mut();
-        let mut working = [const { None }; WAYS];
+        let mut working = [const { None::<&mut Miss> }; WAYS];
         loop {
             let mut idle = true;
-            for way in 0..WAYS {
-                let miss = match working[way].take() {
-                    Some(miss) => miss,
-                    None => match self.start(text, &mut rest, way, ids) {
-                        Some(miss) => miss,
-                        None => continue,
-                    },
-                };
+            for (way, slot) in working.iter_mut().enumerate() {
+                if slot.is_none() {
+                    *slot = self.start(text, &mut rest, way, ids);
+                }
+                let Some(miss) = slot else { continue };
                 idle = false;
-                if self.memory.joins[way].step(&self.bpe.merges) {
-                    working[way] = Some(miss);
-                } else {
+                let join = &mut self.memory.joins[way];
+                if !join.step(&self.bpe.merges) {
                     let before = ids.len();
-                    self.memory.joins[way].finish(ids);
+                    join.finish(ids);
                     miss.ids = before as u32..ids.len() as u32;
                     let piece = &text[miss.piece.start as usize..miss.piece.end as usize];
                     self.pieces.keep(piece, miss.hash, &ids[before..]);
+                    *slot = None;
                 }
             }
             if idle {

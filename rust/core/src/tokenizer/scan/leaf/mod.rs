@@ -218,7 +218,7 @@ mod tests {
     proptest! {
         #[test]
         fn places_are_those_of_the_bits(mask: u64, other: u64, base: u32) {
-            for mask in [0, u64::MAX, mask, mask & other, mask | other, mask & !(u64::MAX << other % 64)] {
+            for mask in [0, u64::MAX, mask, mask & other, mask | other, mask & !(u64::MAX << (other % 64))] {
                 let expected: Vec<u32> =
                     (0..64).filter(|bit| mask >> bit & 1 == 1).map(|bit| base.wrapping_add(bit)).collect();
                 for instructions in Instructions::available() {
