@@ -32,6 +32,9 @@ pub fn utf8<'a>(text: &'a Bound<'_, PyString>) -> PyResult<Cow<'a, str>> {
         points.resize(len.max(points.len()), 0);
         // SAFETY: there is room for `len` code points, and nothing is written behind them.
         let filled = unsafe { PyUnicode_AsUCS4(text.as_ptr(), points.as_mut_ptr(), len as isize, 0) };
+        if filled.is_null() {
+            drop(PyErr::take(text.py())); // the slow way says it again
+        }
         let converted = if filled.is_null() { None } else { encode(&points[..len]) };
         if points.len() > KEPT {
             *points = Vec::new();

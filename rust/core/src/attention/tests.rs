@@ -15,7 +15,7 @@ use crate::threads::Arena;
 use crate::topk::{self, Scores};
 
 /// Numbers in [-1, 1) from a seed.
-fn numbers(count: usize, seed: u64) -> Vec<f32> {
+pub fn numbers(count: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(2).wrapping_add(0x9e37_79b9_7f4a_7c15);
     (0..count)
         .map(|_| {
@@ -25,7 +25,7 @@ fn numbers(count: usize, seed: u64) -> Vec<f32> {
         .collect()
 }
 
-fn with_threads<R: Send>(count: usize, work: impl FnOnce() -> R + Send) -> R {
+pub fn with_threads<R: Send>(count: usize, work: impl FnOnce() -> R + Send) -> R {
     rayon::ThreadPoolBuilder::new().num_threads(count).build().unwrap().install(work)
 }
 

@@ -4,6 +4,7 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 
 use super::*;
+use crate::attention::tests::{numbers, with_threads};
 use crate::cache::layout::{PAGE_TOKENS, index_page_bytes};
 use crate::cache::pages::{Pages, PagesMut, write};
 use crate::cache::{fp8, int8};
@@ -13,21 +14,6 @@ const FORMATS: [&str; 5] = ["f32", "bf16", "f16", "e4m3", "int8"];
 
 fn levels() -> impl Iterator<Item = Level> {
     Level::ALL.into_iter().filter(|l| l.available())
-}
-
-fn with_threads<R: Send>(count: usize, work: impl FnOnce() -> R + Send) -> R {
-    rayon::ThreadPoolBuilder::new().num_threads(count).build().unwrap().install(work)
-}
-
-/// Numbers in [-1, 1) from a seed.
-fn numbers(count: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(2).wrapping_add(0x9e37_79b9_7f4a_7c15);
-    (0..count)
-        .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 40) as f32 / 8_388_608.0 - 1.0
-        })
-        .collect()
 }
 
 /// Whole numbers from -4 to 4, which every format holds and whose products and sums are exact.
