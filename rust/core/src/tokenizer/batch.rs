@@ -44,7 +44,7 @@ impl Tokenizer {
         let encode = |group: Range<usize>| -> Result<Flat> {
             let texts = &texts[group];
             let bytes: usize = texts.iter().map(|text| text.len()).sum();
-            let mut flat = Flat { ids: Vec::with_capacity(bytes / 4 + 8), row_offsets: vec![0] };
+            let mut flat = Flat { ids: Vec::with_capacity(bytes / 3 + 8), row_offsets: vec![0] };
             for text in texts {
                 self.encode_into(*text, options, &mut flat.ids)?;
                 flat.row_offsets.push(flat.ids.len() as i64);

@@ -53,8 +53,8 @@ impl Tokenizer {
         options: EncodeOptions<'_>,
         unit: Unit,
     ) -> Result<Located> {
-        let mut ids = Vec::with_capacity(text.len() / 4 + 8);
-        let mut offsets = Vec::with_capacity(text.len() / 4 + 8);
+        let mut ids = Vec::with_capacity(text.len() / 3 + 8);
+        let mut offsets = Vec::with_capacity(text.len() / 3 + 8);
         let mut counter = Counter::new(text, unit);
         self.pool().with(|scratch| {
             self.for_each_part(text, options.allowed_special, |part| match part {

@@ -186,7 +186,7 @@ impl Tokenizer {
     /// token in a text that must have none.
     pub fn encode<'t>(&self, text: impl Into<Text<'t>>, options: EncodeOptions<'_>) -> Result<Vec<u32>> {
         let text = text.into();
-        let mut ids = Vec::with_capacity(text.len() / 4 + 8);
+        let mut ids = Vec::with_capacity(text.len() / 3 + 8); // more than most texts need; what is not touched takes no memory
         self.encode_into(text, options, &mut ids)?;
         Ok(ids)
     }
