@@ -4,6 +4,7 @@ Sizes are those of DeepSeek-V3.2: 64 index heads of 128, 128 heads of 576 + 512,
 piece of work take turns, run by run, in one process; a figure is the median of its runs, in milliseconds. Beside ours
 stands the ratio to a peer of the same kind: its time over ours. "of limit" compares with the rate of an instruction
 (one core's, times the threads) or of reading the second-level cache, measured by small kernels before anything else.
+Idle threads of all libraries sleep at once (it starts itself anew with the environment that says so).
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ import cpu_ops_inputs as work
 import heedful
 from heedful import _core, ops
 
+QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_THREAD_TIMEOUT": "4"}
+"""Without these, the idle threads of torch and NumPy go on spinning for milliseconds, into the next one's turn."""
 RESULTS = Path(__file__).parent / "results"
 CEILINGS = Path(__file__).parent.parent / "rust/core/examples/ceilings.rs"
 CONTEXTS = [4096, 16_384, 65_536, 131_072, 262_144, 1_048_576]
@@ -223,7 +226,7 @@ def main() -> None:
         "--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads, ours and the peers'"
     )
     parser.add_argument("--budget", type=float, default=1.0, help="seconds for one piece of work at one context")
-    parser.add_argument("--runs", type=int, default=25, help="counted runs at most")
+    parser.add_argument("--runs", type=int, default=200, help="counted runs at most")
     parser.add_argument("--quick", action="store_true", help="two contexts, one thread, few runs: some seconds")
     parser.add_argument(
         "--data", type=Path, help="JSON file that figures are added to, so that a record can be made in pieces"
@@ -234,6 +237,8 @@ def main() -> None:
         args.contexts, args.threads, args.budget, args.runs = [4096, 32_768], [1], 0.2, 7
     if any(S < work.PAGE or S % work.PAGE for S in args.contexts):
         parser.error("--contexts: expected multiples of 64")
+    if not QUIET.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | QUIET)
 
     known: dict[str, Any] = {"rows": {}, "machine": machine(), "ceilings": {}}
     if args.data and args.data.exists():
