@@ -4,6 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::SLACK;
+use crate::prefetch;
 use crate::topk::candidates::Candidates;
 
 const LANES: usize = 16;
@@ -129,8 +130,7 @@ pub(super) unsafe fn above_vbmi2(scores: &[f32], threshold: f32, offsets: &mut [
 #[inline(always)]
 fn fetch(group: &[f32]) {
     for v in 0..GROUP / LANES {
-        // SAFETY: a prefetch of any address is sound, and every x86-64 machine has it.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(group.as_ptr().wrapping_add(512 + v * LANES).cast()) };
+        prefetch::fetch(group.as_ptr().wrapping_add(512 + v * LANES).addr());
     }
 }
 
