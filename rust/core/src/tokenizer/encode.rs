@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::tokenizer::bpe::{self, Bpe, WAYS};
 use crate::tokenizer::key::{Key, SHORT, window};
-use crate::tokenizer::piece_cache::{MOST_IDS, PieceCache};
+use crate::tokenizer::piece_cache::{MOST_IDS, Tables};
 use crate::tokenizer::scan::{Leaf, Scanner, Work};
 use crate::tokenizer::scratch::Scratch;
 use crate::tokenizer::tokenizer::Tokenizer;
@@ -24,7 +24,7 @@ impl Tokenizer {
     pub(super) fn encode_plain(&self, text: &str, scratch: &mut Scratch, out: &mut Vec<u32>) {
         let Some(scanner) = self.scanner() else {
             let Scratch { pieces, bpe: memory, patterns, .. } = scratch;
-            let mut encoder = Encoder { bpe: *self.bpe(), pieces, memory };
+            let mut encoder = Encoder { bpe: *self.bpe(), pieces: pieces.tables(), memory };
             let patterns = patterns.get_or_insert_with(|| self.pre_tokenizer().caches());
             self.pre_tokenizer().split(patterns, text, &mut |piece, _| encoder.piece(piece.as_bytes(), out));
             return;
@@ -97,7 +97,7 @@ impl Work for EncodeScanned<'_> {
     unsafe fn run<L: Leaf>(self) {
         let Self { bpe, scanner, text, scratch, out } = self;
         let Scratch { pieces, bpe: memory, ends, ids, misses, .. } = scratch;
-        let mut encoder = Encoder { bpe, pieces, memory };
+        let mut encoder = Encoder { bpe, pieces: pieces.tables(), memory };
         let bytes = text.as_bytes();
         let mut cursor = scanner.cursor(text);
         let mut start = 0;
@@ -195,7 +195,7 @@ impl Misses {
 /// Turns pieces into ids.
 pub(super) struct Encoder<'a> {
     pub bpe: Bpe<'a>,
-    pub pieces: &'a mut PieceCache,
+    pub pieces: Tables<'a>,
     pub memory: &'a mut bpe::Scratch,
 }
 
@@ -215,13 +215,17 @@ impl Encoder<'_> {
         }
     }
 
-    /// Appends the ids of a piece that is a token or that the cache of long pieces has; false if neither.
+    /// Appends the ids of a piece that is a token or that the cache has elsewhere; false if neither.
     #[inline]
     fn known(&mut self, piece: &[u8], hash: u64, out: &mut Vec<u32>) -> bool {
-        if let Some(id) = self.bpe.vocabulary.piece(piece, hash) {
+        if piece.len() <= SHORT
+            && let Some(ids) = self.pieces.other_short(piece, hash)
+        {
+            out.extend_from_slice(ids);
+        } else if let Some(id) = self.bpe.vocabulary.piece(piece, hash) {
             out.push(id);
             self.pieces.keep(piece, hash, &[id]);
-        } else if let Some(ids) = self.pieces.long(piece, hash) {
+        } else if let Some(ids) = self.pieces.other_long(piece, hash) {
             out.extend_from_slice(ids);
         } else {
             return false;
@@ -235,7 +239,7 @@ impl Encoder<'_> {
         let Misses { list, ids } = misses;
         for miss in &*list {
             self.bpe.vocabulary.ask(miss.hash);
-            self.pieces.ask_long(miss.hash);
+            self.pieces.ask_other(miss.piece.len(), miss.hash);
         }
         let mut rest = list.iter_mut();
         let mut working = [const { None::<&mut Miss> }; WAYS];

@@ -114,7 +114,7 @@ impl Tokenizer {
         offsets: &mut Vec<[u32; 2]>,
     ) {
         let Scratch { pieces, bpe: memory, patterns, .. } = scratch;
-        let mut encoder = Encoder { bpe: *self.bpe(), pieces, memory };
+        let mut encoder = Encoder { bpe: *self.bpe(), pieces: pieces.tables(), memory };
         let patterns = patterns.get_or_insert_with(|| self.pre_tokenizer().caches());
         self.pre_tokenizer().split(patterns, normalized, &mut |piece, from| {
             let before = ids.len();

@@ -1,30 +1,41 @@
 //! What pieces became: small tables of fixed size, a set of them for each thread at work.
 //!
 //! A piece of up to 15 bytes with up to 3 ids takes half a cache line, one of up to 32 bytes and 6 ids a whole one, one of up
-//! to 96 bytes and 22 ids three. Each table has sets of two: the newest piece of a set takes the place of the older.
+//! to 96 bytes and 22 ids three. Each table has sets of two: the newest piece of a set takes the place of the older, which
+//! goes on to the neighbouring set. So four have to meet before one is lost, and most lookups still read one line.
 //! Nothing grows, nothing is allocated after the first use.
 
-use bytemuck::{Zeroable, allocation::zeroed_vec};
+use std::alloc::{Layout, handle_alloc_error};
+
+use bytemuck::{Pod, Zeroable, cast_slice_mut};
+use memmap2::MmapMut;
 
 use crate::prefetch::fetch_value;
 use crate::tokenizer::key::{Key, SHORT, place, window};
 
-/// Sets for the pieces of some megabytes of text.
+/// Sets for the pieces of some tens of megabytes of text.
 const SHORT_SETS: usize = 1 << 17;
-const LONG_SETS: usize = 1 << 14;
-const LONGEST_SETS: usize = 1 << 11;
+const LONG_SETS: usize = 1 << 15;
+const LONGEST_SETS: usize = 1 << 12;
+
+const SHORT_BYTES: usize = SHORT_SETS * size_of::<[Short; 2]>();
+const LONG_BYTES: usize = LONG_SETS * size_of::<[Long; 2]>();
+const LONGEST_BYTES: usize = LONGEST_SETS * size_of::<[Longest; 2]>();
 
 /// The most ids that are kept of a piece.
-pub const MOST_IDS: usize = 22;
+pub const MOST_IDS: usize = Longest::MOST_IDS;
 
 /// Bytes that the tables take.
-pub const BYTES: usize = SHORT_SETS * size_of::<[Short; 2]>()
-    + LONG_SETS * size_of::<[Entry<2, 6>; 2]>()
-    + LONGEST_SETS * size_of::<[Entry<6, MOST_IDS>; 2]>();
+pub const BYTES: usize = SHORT_BYTES + LONG_BYTES + LONGEST_BYTES;
 
-/// Ids of a piece of up to 15 bytes. A count of 0 with a key of 0 is an empty entry.
-#[derive(Clone, Copy, Zeroable)]
-#[repr(C, align(32))]
+/// What a table holds; all zeros is an empty entry.
+trait Slot: Pod {
+    fn is_empty(&self) -> bool;
+}
+
+/// Ids of a piece of up to 15 bytes.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
 pub struct Short {
     key: Key,
     /// The ids, and zeros behind them.
@@ -33,70 +44,113 @@ pub struct Short {
     pub count: u32,
 }
 
-/// Ids of a longer piece. A length of 0 is an empty entry.
-#[derive(Clone, Copy, Zeroable)]
-#[repr(C, align(64))]
-struct Entry<const WINDOWS: usize, const IDS: usize> {
-    bytes: [u128; WINDOWS],
-    ids: [u32; IDS],
-    len: u32,
-    count: u32,
+impl Slot for Short {
+    #[inline]
+    fn is_empty(&self) -> bool {
+        self.count == 0
+    }
 }
 
-impl<const WINDOWS: usize, const IDS: usize> Entry<WINDOWS, IDS> {
-    /// The longest piece that fits.
-    const LONGEST: usize = WINDOWS * 16;
+/// A longer piece in so many words: half of them its bytes, with zeros behind, then its ids, its length, and their number.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(transparent)]
+struct Entry<const WORDS: usize>([u32; WORDS]);
+
+type Long = Entry<16>;
+type Longest = Entry<48>;
+
+impl<const WORDS: usize> Slot for Entry<WORDS> {
+    #[inline]
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl<const WORDS: usize> Entry<WORDS> {
+    const LONGEST: usize = WORDS / 2 * 4;
+    const MOST_IDS: usize = WORDS / 2 - 2;
 
     #[inline]
     fn new(piece: &[u8], ids: &[u32]) -> Option<Self> {
-        let bytes = std::array::from_fn(|at| window(piece, at * 16));
-        let mut entry = Self { bytes, ids: [0; IDS], len: piece.len() as u32, count: ids.len() as u32 };
-        entry.ids.get_mut(..ids.len())?.copy_from_slice(ids);
-        (piece.len() <= Self::LONGEST).then_some(entry)
+        if piece.len() > Self::LONGEST || ids.len() > Self::MOST_IDS {
+            return None;
+        }
+        let mut entry = Self::zeroed();
+        bytemuck::bytes_of_mut(&mut entry)[..piece.len()].copy_from_slice(piece);
+        entry.0[WORDS / 2..][..ids.len()].copy_from_slice(ids);
+        entry.0[WORDS - 2] = piece.len() as u32;
+        entry.0[WORDS - 1] = ids.len() as u32;
+        Some(entry)
     }
 
-    /// The ids of a piece in a set.
     #[inline]
-    fn find<'s>(set: &'s [Self; 2], piece: &[u8]) -> Option<&'s [u32]> {
-        let is_it = |entry: &&Self| {
-            let same = |(at, bytes): (usize, &u128)| *bytes == window(piece, at * 16);
-            entry.len as usize == piece.len() && entry.bytes.iter().enumerate().all(same)
-        };
-        let entry = set.iter().find(is_it)?;
-        entry.ids.get(..entry.count as usize)
+    fn len(&self) -> usize {
+        self.0[WORDS - 2] as usize
+    }
+
+    #[inline]
+    fn is(&self, piece: &[u8]) -> bool {
+        let bytes = &bytemuck::bytes_of(self)[..Self::LONGEST];
+        self.len() == piece.len()
+            && bytes
+                .chunks_exact(16)
+                .enumerate()
+                .all(|(at, own)| *own == window(piece, at * 16).to_le_bytes())
+    }
+
+    #[inline]
+    fn ids(&self) -> &[u32] {
+        &self.0[WORDS / 2..][..(self.0[WORDS - 1] as usize).min(Self::MOST_IDS)]
+    }
+}
+
+/// The memory of the tables. The system gives a page of it, zeros, when that is first written.
+pub struct PieceCache(MmapMut);
+
+impl PieceCache {
+    /// Empty tables.
+    pub fn new() -> Self {
+        Self(MmapMut::map_anon(BYTES).unwrap_or_else(|_| handle_alloc_error(Layout::new::<[u8; BYTES]>())))
+    }
+
+    /// The tables in it.
+    pub fn tables(&mut self) -> Tables<'_> {
+        let (short, longer) = self.0.split_at_mut(SHORT_BYTES);
+        let (long, longest) = longer.split_at_mut(LONG_BYTES);
+        Tables { short: cast_slice_mut(short), long: cast_slice_mut(long), longest: cast_slice_mut(longest) }
     }
 }
 
 /// The tables.
-pub struct PieceCache {
-    short: Vec<[Short; 2]>,
-    long: Vec<[Entry<2, 6>; 2]>,
-    longest: Vec<[Entry<6, MOST_IDS>; 2]>,
+pub struct Tables<'c> {
+    short: &'c mut [[Short; 2]],
+    long: &'c mut [[Long; 2]],
+    longest: &'c mut [[Longest; 2]],
 }
 
-impl PieceCache {
-    /// Empty tables; their memory is touched when pieces come.
-    pub fn new() -> Self {
-        Self { short: zeroed_vec(SHORT_SETS), long: zeroed_vec(LONG_SETS), longest: zeroed_vec(LONGEST_SETS) }
-    }
-
+impl Tables<'_> {
     /// Asks for the memory where a piece of this length would be.
     #[inline]
     pub fn ask(&self, len: usize, hash: u64) {
         if len <= SHORT {
             fetch_value(&self.short[place(hash, SHORT_SETS)]);
         } else {
-            self.ask_long(hash);
+            self.long[place(hash, LONG_SETS)].iter().for_each(fetch_value);
         }
     }
 
-    /// The same for a short piece of many ids.
+    /// Asks for where else it may be, which [`Self::other`] reads.
     #[inline]
-    pub fn ask_long(&self, hash: u64) {
-        fetch_value(&self.long[place(hash, LONG_SETS)]);
+    pub fn ask_other(&self, len: usize, hash: u64) {
+        let set = place(hash, LONG_SETS);
+        if len <= SHORT {
+            fetch_value(&self.short[place(hash, SHORT_SETS) ^ 1]);
+            self.long[set].iter().for_each(fetch_value);
+        }
+        self.long[set ^ 1].iter().for_each(fetch_value);
     }
 
-    /// The entry of a key that is not empty.
+    /// The entry of a key that is not empty, if it is in its own set.
     #[inline]
     pub fn short(&self, key: Key, hash: u64) -> Option<&Short> {
         // Which of the two it is cannot be foretold, so no branch asks.
@@ -105,11 +159,30 @@ impl PieceCache {
         if entry.key == key { Some(entry) } else { None }
     }
 
-    /// The ids of a piece that is longer or has more of them.
+    /// The ids of a piece longer than [`SHORT`], if it is in its own set.
     #[inline]
     pub fn long(&self, piece: &[u8], hash: u64) -> Option<&[u32]> {
-        let found = Entry::find(&self.long[place(hash, LONG_SETS)], piece);
-        found.or_else(|| Entry::find(&self.longest[place(hash, LONGEST_SETS)], piece))
+        let entry = self.long[place(hash, LONG_SETS)].iter().find(|entry| entry.is(piece));
+        if let Some(entry) = entry {
+            return Some(entry.ids());
+        }
+        self.longest[place(hash, LONGEST_SETS)].iter().find(|entry| entry.is(piece)).map(Entry::ids)
+    }
+
+    /// The ids of a short piece from the neighbour of its set, to which others of the set displaced it.
+    #[inline]
+    pub fn other_short(&mut self, piece: &[u8], hash: u64) -> Option<&[u32]> {
+        let key = Key::new(window(piece, 0), piece.len());
+        let entry = find(self.short, place(hash, SHORT_SETS), |entry| entry.key == key)?;
+        entry.ids.get(..entry.count as usize)
+    }
+
+    /// The ids of a piece that is longer or has more of them, from wherever it may be.
+    pub fn other_long(&mut self, piece: &[u8], hash: u64) -> Option<&[u32]> {
+        if let Some(entry) = find(self.long, place(hash, LONG_SETS), |entry| entry.is(piece)) {
+            return Some(entry.ids());
+        }
+        find(self.longest, place(hash, LONGEST_SETS), |entry| entry.is(piece)).map(|entry| entry.ids())
     }
 
     /// Keeps what a piece became, if it fits.
@@ -123,11 +196,11 @@ impl PieceCache {
             let key = Key::new(window(piece, 0), piece.len());
             let mut entry = Short { key, ids: [0; 3], count: ids.len() as u32 };
             entry.ids[..ids.len()].copy_from_slice(ids);
-            push(&mut self.short[place(hash, SHORT_SETS)], entry);
+            push(self.short, place(hash, SHORT_SETS), entry);
         } else if let Some(entry) = Entry::new(piece, ids) {
-            push(&mut self.long[place(hash, LONG_SETS)], entry);
+            push(self.long, place(hash, LONG_SETS), entry);
         } else if let Some(entry) = Entry::new(piece, ids) {
-            push(&mut self.longest[place(hash, LONGEST_SETS)], entry);
+            push(self.longest, place(hash, LONGEST_SETS), entry);
         }
     }
 }
@@ -139,53 +212,123 @@ fn is_phrase(piece: &[u8]) -> bool {
     matches!(piece.first(), Some(0xE3..=0xE9))
 }
 
-/// In the place of the older of two.
+/// The neighbour of a set.
 #[inline]
-fn push<E: Copy>(set: &mut [E; 2], newest: E) {
-    *set = [newest, set[0]];
+fn near(set: usize) -> usize {
+    set ^ 1
+}
+
+/// Puts an entry in its set. The set's older one goes to the neighbour, in the place of that one's older.
+#[inline]
+fn push<E: Slot>(sets: &mut [[E; 2]], set: usize, newest: E) {
+    let [newer, older] = sets[set];
+    sets[set] = [newest, newer];
+    if !older.is_empty() {
+        let near = &mut sets[near(set)];
+        near[usize::from(!near[0].is_empty())] = older;
+    }
+}
+
+/// The entry of a set or of its neighbour. One that is found at the neighbour comes home.
+#[inline]
+fn find<E: Slot>(sets: &mut [[E; 2]], set: usize, is_it: impl Fn(&E) -> bool) -> Option<&E> {
+    if let Some(at) = sets[set].iter().position(&is_it) {
+        return Some(&sets[set][at]);
+    }
+    let at = sets[near(set)].iter().position(is_it)?;
+    let [newer, older] = sets[set];
+    sets[set] = [std::mem::replace(&mut sets[near(set)][at], older), newer];
+    Some(&sets[set][0])
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+
     use super::*;
     use crate::tokenizer::key::Hasher;
 
+    /// From wherever it may be, as the encoder asks.
+    fn found(tables: &mut Tables<'_>, piece: &[u8], hash: u64) -> Option<Vec<u32>> {
+        if piece.len() <= SHORT
+            && let Some(ids) = tables.other_short(piece, hash)
+        {
+            return Some(ids.to_vec());
+        }
+        tables.other_long(piece, hash).map(<[u32]>::to_vec)
+    }
+
     #[test]
-    fn what_is_kept_comes_back_and_the_oldest_goes() {
+    fn four_of_two_neighbouring_sets_are_kept_and_the_oldest_goes() {
+        for (len, count) in [(2, 2), (2, 4), (20, 1), (20, 7)] {
+            let mut cache = PieceCache::new();
+            let mut tables = cache.tables();
+            let hash = 12345 << 40;
+            let piece = |byte: u8| vec![byte; len];
+            let ids = |byte: u8| vec![u32::from(byte); count];
+            for byte in 1..=5 {
+                tables.keep(&piece(byte), hash, &ids(byte));
+            }
+            let kept: Vec<u8> =
+                (1..=5).filter(|&byte| found(&mut tables, &piece(byte), hash) == Some(ids(byte))).collect();
+            assert_eq!(kept.len(), 4, "{len} bytes, {count} ids: {kept:?}");
+            assert!(kept.contains(&5));
+        }
+    }
+
+    #[test]
+    fn what_is_found_at_the_neighbour_comes_home() {
         let mut cache = PieceCache::new();
-        let key = |byte: u8| Key::new(window(&[byte, 1], 0), 2);
-        let hash = 12345 << 40;
-        for byte in 1..=3 {
-            cache.keep(&[byte, 1], hash, &[u32::from(byte), 9]);
-        }
-        assert!(cache.short(key(1), hash).is_none());
-        for byte in 2..=3 {
-            let entry = cache.short(key(byte), hash).unwrap();
-            assert_eq!((entry.ids, entry.count), ([u32::from(byte), 9, 0], 2));
-        }
-        cache.keep(&[4, 1], hash, &[1, 2, 3, 4]);
-        assert!(cache.short(key(4), hash).is_none());
-        assert_eq!(cache.long(&[4, 1], hash), Some(&[1, 2, 3, 4][..]));
+        let mut tables = cache.tables();
+        let key = |byte: u8| Key::new(window(&[byte], 0), 1);
+        (1..=3).for_each(|byte| tables.keep(&[byte], 0, &[u32::from(byte)]));
+        assert!(tables.short(key(1), 0).is_none());
+        assert_eq!(tables.other_short(&[1], 0), Some(&[1][..]));
+        assert_eq!(tables.short(key(1), 0).map(|entry| entry.ids), Some([1, 0, 0]));
+        assert_eq!(tables.other_short(&[2], 0), Some(&[2][..]));
+        assert_eq!(tables.other_short(&[3], 0), Some(&[3][..]));
     }
 
     #[test]
     fn pieces_of_every_length_are_told_apart() {
         let hasher = Hasher::new(0);
         let bytes = [b'a'; 97];
+        let mut cache = PieceCache::new();
         for len in 1..=96 {
             let (piece, longer) = (&bytes[..len], &bytes[..len + 1]);
             let hash = hasher.bytes(piece);
             for count in [1, 3, 4, 6, 7, MOST_IDS] {
-                let mut cache = PieceCache::new();
+                let mut tables = cache.tables();
                 let ids: Vec<u32> = (0..count as u32).collect();
-                cache.keep(piece, hash, &ids);
-                if len <= SHORT && count <= 3 {
-                    let entry = cache.short(Key::new(window(piece, 0), len), hash).unwrap();
-                    assert_eq!(entry.ids[..entry.count as usize], ids);
-                } else {
-                    assert_eq!(cache.long(piece, hash), Some(&ids[..]), "{len} bytes, {count} ids");
+                tables.keep(piece, hash, &ids);
+                assert_eq!(found(&mut tables, piece, hash), Some(ids), "{len} bytes, {count} ids");
+                assert_eq!(found(&mut tables, longer, hash), None);
+                cache = PieceCache::new();
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_found_is_what_was_kept(
+            pieces in prop::collection::vec((0u64..4, 1usize..100, 1usize..MOST_IDS), 1..200),
+        ) {
+            let mut cache = PieceCache::new();
+            let mut tables = cache.tables();
+            let mut kept = HashMap::new();
+            for (id, (set, len, count)) in pieces.into_iter().enumerate() {
+                let piece = vec![1 + 8 * set as u8 + (id % 7) as u8; len];
+                let hash = set << 47 | len as u64;
+                // A piece is kept when it is not found, and its ids never change.
+                let ids = &*kept.entry(piece.clone()).or_insert_with(|| vec![id as u32; count]);
+                match found(&mut tables, &piece, hash) {
+                    Some(there) => prop_assert_eq!(&there, ids),
+                    None => tables.keep(&piece, hash, ids),
                 }
-                assert_eq!(cache.long(longer, hash), None);
+                let there = found(&mut tables, &piece, hash);
+                prop_assert_eq!(there.as_ref(), (len <= 96).then_some(ids));
             }
         }
     }
@@ -193,24 +336,26 @@ mod tests {
     #[test]
     fn phrases_of_many_ids_are_not_kept() {
         let mut cache = PieceCache::new();
+        let mut tables = cache.tables();
         let phrase = "注意力只在要紧处".as_bytes();
-        cache.keep(phrase, 0, &[1, 2]);
-        assert_eq!(cache.long(phrase, 0), None);
-        cache.keep(phrase, 0, &[1]);
-        assert_eq!(cache.long(phrase, 0), Some(&[1][..]));
+        tables.keep(phrase, 0, &[1, 2]);
+        assert_eq!(tables.long(phrase, 0), None);
+        tables.keep(phrase, 0, &[1]);
+        assert_eq!(tables.long(phrase, 0), Some(&[1][..]));
     }
 
     #[test]
     fn what_does_not_fit_is_not_kept() {
         let mut cache = PieceCache::new();
-        cache.keep(&[b'a'; 97], 0, &[1]);
-        cache.keep(&[b'a'; 96], 0, &[0; MOST_IDS + 1]);
-        assert_eq!(cache.long(&[b'a'; 97], 0), None);
-        assert_eq!(cache.long(&[b'a'; 96], 0), None);
+        let mut tables = cache.tables();
+        tables.keep(&[b'a'; 97], 0, &[1]);
+        tables.keep(&[b'a'; 96], 0, &[0; MOST_IDS + 1]);
+        assert_eq!(found(&mut tables, &[b'a'; 97], 0), None);
+        assert_eq!(found(&mut tables, &[b'a'; 96], 0), None);
     }
 
     #[test]
     fn the_tables_are_as_large_as_stated() {
-        assert_eq!(BYTES, (10 << 20) + (768 << 10));
+        assert_eq!(BYTES, (13 << 20) + (512 << 10));
     }
 }
