@@ -1,7 +1,7 @@
 //! The arguments of encoding: texts, what to do with bytes that are not UTF-8, and which added tokens are recognised.
 
-use std::borrow::Cow;
 use std::collections::HashSet;
+use std::fmt::Display;
 
 use heedful_core::tokenizer::{AllowedSpecial, EncodeOptions, Text};
 use pyo3::exceptions::{PyTypeError, PyValueError};
@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString};
 
 use crate::arguments::described;
-use crate::utf8::utf8;
+use crate::utf8::{Utf8, utf8};
 
 /// The argument `allowed_special`.
 pub enum Allowed {
@@ -79,16 +79,16 @@ impl FromPyObject<'_, '_> for Errors {
     }
 }
 
-/// A text argument, borrowed where it can be.
+/// A text argument.
 pub enum Input<'a> {
-    Unicode(Cow<'a, str>),
+    Unicode(Utf8<'a>),
     /// Not UTF-8.
     Raw(&'a [u8]),
 }
 
 impl<'a> Input<'a> {
     /// Of a string, or of bytes.
-    pub fn new(name: &str, value: &'a Bound<'_, PyAny>, errors: Errors) -> PyResult<Self> {
+    pub fn new(name: impl Display, value: &'a Bound<'_, PyAny>, errors: Errors) -> PyResult<Self> {
         match unicode(name, value, errors)? {
             Some(text) => Ok(Self::Unicode(text)),
             None => Ok(Self::Raw(value.cast::<PyBytes>()?.as_bytes())),
@@ -105,20 +105,24 @@ impl<'a> Input<'a> {
 }
 
 /// A text argument that must be Unicode.
-pub fn unicode_only<'a>(name: &str, value: &'a Bound<'_, PyAny>, errors: Errors) -> PyResult<Cow<'a, str>> {
+pub fn unicode_only<'a>(name: &str, value: &'a Bound<'_, PyAny>, errors: Errors) -> PyResult<Utf8<'a>> {
     unicode(name, value, errors)?.ok_or_else(|| {
         PyValueError::new_err(format!("{name}: expected UTF-8 text, which errors=\"raw\" does not ask for"))
     })
 }
 
 /// The text; None for bytes that are not UTF-8 where these are wanted as they are.
-fn unicode<'a>(name: &str, value: &'a Bound<'_, PyAny>, errors: Errors) -> PyResult<Option<Cow<'a, str>>> {
+fn unicode<'a>(
+    name: impl Display,
+    value: &'a Bound<'_, PyAny>,
+    errors: Errors,
+) -> PyResult<Option<Utf8<'a>>> {
     if let Ok(text) = value.cast::<PyString>() {
         return match utf8(text) {
             Ok(text) => Ok(Some(text)),
             Err(_) if errors == Errors::Replace => {
                 // A lone surrogate, which only such strings of Python hold.
-                Ok(Some(Cow::Owned(text.to_string_lossy().into_owned())))
+                Ok(Some(text.to_string_lossy().into_owned().into()))
             }
             Err(error) => Err(PyValueError::new_err(format!("{name}: expected Unicode text: {error}"))),
         };
@@ -130,9 +134,9 @@ fn unicode<'a>(name: &str, value: &'a Bound<'_, PyAny>, errors: Errors) -> PyRes
         )));
     };
     match (std::str::from_utf8(bytes.as_bytes()), errors) {
-        (Ok(text), _) => Ok(Some(Cow::Borrowed(text))),
+        (Ok(text), _) => Ok(Some(Utf8::Borrowed(text))),
         (Err(_), Errors::Raw) => Ok(None),
-        (Err(_), Errors::Replace) => Ok(Some(String::from_utf8_lossy(bytes.as_bytes()))),
+        (Err(_), Errors::Replace) => Ok(Some(String::from_utf8_lossy(bytes.as_bytes()).into_owned().into())),
         (Err(error), Errors::Strict) => Err(PyValueError::new_err(format!(
             "{name}: expected UTF-8 text, got another byte at {} (errors=\"replace\" puts U+FFFD there)",
             error.valid_up_to()

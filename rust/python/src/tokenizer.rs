@@ -20,6 +20,8 @@ use crate::token_texts::{TokenTexts, text};
 
 /// Longer texts are encoded with the GIL released; for shorter ones, giving it back and taking it costs more than the work.
 const RELEASE_BYTES: usize = 1024;
+/// So much of a batch's text for each of several threads is made ready at a time.
+const PART_BYTES: usize = 1 << 20;
 
 /// Ids: uint32 [N].
 type IdArray<'py> = Bound<'py, PyArray1<u32>>;
@@ -87,21 +89,33 @@ fn run<R: Send>(py: Python<'_>, bytes: usize, work: impl FnOnce() -> core::Resul
     result.map_err(errors::tokenizer)
 }
 
-/// Runs `work` on many texts.
-fn batch<R: Send>(
+/// Runs `work` on many texts, a part of them at a time, so that what one is converted in serves the next.
+fn batch(
     py: Python<'_>,
     texts: &Bound<'_, PyAny>,
     errors: Errors,
-    work: impl FnOnce(&[core::Text<'_>]) -> core::Result<R> + Send,
-) -> PyResult<R> {
+    mut work: impl FnMut(&[core::Text<'_>]) -> core::Result<()> + Send,
+) -> PyResult<()> {
+    let part = match threads::num_threads().map_err(errors::threads)? {
+        1 => core::PARALLEL_BYTES,
+        threads => threads * PART_BYTES,
+    };
     let values = texts::list_of("texts", texts)?;
-    let inputs = values
-        .iter()
-        .enumerate()
-        .map(|(index, value)| Input::new(&format!("texts[{index}]"), value, errors))
-        .collect::<PyResult<Vec<_>>>()?;
-    let texts: Vec<core::Text<'_>> = inputs.iter().map(Input::text).collect();
-    run(py, texts.iter().map(core::Text::len).sum(), || work(&texts))
+    let mut values = values.iter().enumerate();
+    while values.len() > 0 {
+        let mut inputs = Vec::new();
+        let mut bytes = 0;
+        while bytes < part
+            && let Some((index, value)) = values.next()
+        {
+            let input = Input::new(format_args!("texts[{index}]"), value, errors)?;
+            bytes += input.text().len();
+            inputs.push(input);
+        }
+        let texts: Vec<core::Text<'_>> = inputs.iter().map(Input::text).collect();
+        run(py, bytes, || work(&texts))?;
+    }
+    Ok(())
 }
 
 #[pymethods]
@@ -248,7 +262,12 @@ impl Tokenizer {
         errors: Errors,
     ) -> PyResult<Vec<Vec<u32>>> {
         let options = allowed_special.options(add_special_tokens);
-        batch(py, texts, errors, |texts| self.core.encode_batch(texts, options))
+        let mut rows = Vec::new();
+        batch(py, texts, errors, |texts| {
+            rows.extend(self.core.encode_batch(texts, options)?);
+            Ok(())
+        })?;
+        Ok(rows)
     }
 
     /// `encode_batch` in one buffer, which nothing has to be made for each text for.
@@ -266,7 +285,8 @@ impl Tokenizer {
         errors: Errors,
     ) -> PyResult<(IdArray<'py>, Bound<'py, PyArray1<i64>>)> {
         let options = allowed_special.options(add_special_tokens);
-        let flat = batch(py, texts, errors, |texts| self.core.encode_batch_flat(texts, options))?;
+        let mut flat = core::Flat::default();
+        batch(py, texts, errors, |texts| self.core.encode_batch_flat(texts, options, &mut flat))?;
         Ok((flat.ids.into_pyarray(py), flat.row_offsets.into_pyarray(py)))
     }
 

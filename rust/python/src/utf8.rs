@@ -1,69 +1,103 @@
 //! Long strings of Python as UTF-8.
 //!
 //! The limited API has one way to a string that is not ASCII as UTF-8, and it is slow and leaves a copy inside the string.
-//! Its code points, though, come at the speed of memory.
+//! Its code points, though, come at the speed of memory, and from a part of it at that of the nearest caches.
 
-use std::borrow::Cow;
 use std::cell::RefCell;
+use std::ops::Deref;
 
-use pyo3::ffi::{PyUnicode_AsUCS4, PyUnicode_GetLength};
+use heedful_core::tokenizer::code_points;
+use pyo3::ffi::{PyUnicode_AsUCS4, PyUnicode_GetLength, PyUnicode_Substring};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
 /// A shorter string is not worth asking whether it is ASCII.
 const LONG: usize = 4096;
-/// Room for this many code points is kept from call to call, 4 MiB.
-const KEPT: usize = 1 << 20;
-/// So many are looked at together.
-const BLOCK: usize = 16;
+/// Code points of a part.
+const PART: usize = 4096;
+/// Room for this many bytes is kept from call to call.
+const KEPT: usize = 2 << 20;
 
 thread_local! {
-    static CODE_POINTS: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
+    static ROOM: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// UTF-8, in the string's own memory where it is there.
+pub enum Utf8<'a> {
+    Borrowed(&'a str),
+    Converted(Converted),
+}
+
+/// UTF-8 in room that the thread keeps for the next string.
+pub struct Converted(String);
+
+impl Drop for Converted {
+    fn drop(&mut self) {
+        let room = std::mem::take(&mut self.0).into_bytes();
+        ROOM.with_borrow_mut(|kept| {
+            if (kept.capacity() + 1..=KEPT).contains(&room.capacity()) {
+                *kept = room;
+            }
+        });
+    }
+}
+
+impl Deref for Utf8<'_> {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        match self {
+            Self::Borrowed(text) => text,
+            Self::Converted(Converted(text)) => text,
+        }
+    }
+}
+
+impl From<String> for Utf8<'_> {
+    fn from(text: String) -> Self {
+        Self::Converted(Converted(text))
+    }
 }
 
 /// The string as UTF-8; an error for lone surrogates.
-pub fn utf8<'a>(text: &'a Bound<'_, PyString>) -> PyResult<Cow<'a, str>> {
-    // SAFETY: `text` is a string.
-    let len = usize::try_from(unsafe { PyUnicode_GetLength(text.as_ptr()) }).unwrap_or(0);
+pub fn utf8<'a>(text: &'a Bound<'_, PyString>) -> PyResult<Utf8<'a>> {
+    let len = length(text);
     if len < LONG || text.call_method0("isascii")?.is_truthy()? {
-        return text.to_str().map(Cow::Borrowed);
+        return text.to_str().map(Utf8::Borrowed);
     }
-    let converted = CODE_POINTS.with_borrow_mut(|points| {
-        points.resize(len.max(points.len()), 0);
-        // SAFETY: there is room for `len` code points, and nothing is written behind them.
-        let filled = unsafe { PyUnicode_AsUCS4(text.as_ptr(), points.as_mut_ptr(), len as isize, 0) };
-        if filled.is_null() {
-            drop(PyErr::take(text.py())); // the slow way says it again
-        }
-        let converted = if filled.is_null() { None } else { encode(&points[..len]) };
-        if points.len() > KEPT {
-            *points = Vec::new();
-        }
-        converted
-    });
-    match converted {
-        Some(converted) => Ok(Cow::Owned(converted)),
-        None => text.to_str().map(Cow::Borrowed), // which says what is wrong
+    match converted(text, len) {
+        Some(converted) => Ok(converted.into()),
+        None => text.to_str().map(Utf8::Borrowed), // which says what is wrong
     }
 }
 
-/// Code points as UTF-8; None if one is a surrogate.
-fn encode(points: &[u32]) -> Option<String> {
-    let mut out = Vec::with_capacity(points.len() + points.len() / 8);
-    for block in points.chunks(BLOCK) {
-        if let Some(block) = block.first_chunk::<BLOCK>()
-            && block.iter().fold(0, |all, point| all | point) < 0x80
-        {
-            out.extend_from_slice(&block.map(|point| point as u8));
-            continue;
+/// Code points of a string.
+fn length(text: &Bound<'_, PyString>) -> usize {
+    // SAFETY: `text` is a string.
+    usize::try_from(unsafe { PyUnicode_GetLength(text.as_ptr()) }).unwrap_or(0)
+}
+
+/// A string of `len` code points; None if Python has no memory or one is a surrogate.
+fn converted(text: &Bound<'_, PyString>, len: usize) -> Option<String> {
+    let mut out = ROOM.take();
+    out.clear();
+    out.reserve(len + len / 8);
+    let mut points = [0; PART];
+    for start in (0..len).step_by(PART) {
+        let end = (start + PART).min(len);
+        // SAFETY: `text` is a string, and what is asked for lies within it.
+        let part = unsafe { PyUnicode_Substring(text.as_ptr(), start as isize, end as isize) };
+        // SAFETY: this is a new reference, or null with the error set.
+        let part = unsafe { Bound::from_owned_ptr_or_err(text.py(), part) }.ok()?;
+        // SAFETY: there is room for the part's code points, and nothing is written behind them.
+        let filled = unsafe { PyUnicode_AsUCS4(part.as_ptr(), points.as_mut_ptr(), PART as isize, 0) };
+        if filled.is_null() {
+            drop(PyErr::take(text.py()));
+            return None;
         }
-        let mut bytes = [0; 4 * BLOCK];
-        let mut len = 0;
-        for &point in block {
-            let c = char::from_u32(point)?;
-            len += c.encode_utf8(&mut bytes[len..]).len();
-        }
-        out.extend_from_slice(&bytes[..len]);
+        code_points::encode(&points[..end - start], &mut out)?;
     }
-    String::from_utf8(out).ok()
+    debug_assert!(std::str::from_utf8(&out).is_ok());
+    // SAFETY: `code_points::encode` appends whole characters, and none of surrogates.
+    Some(unsafe { String::from_utf8_unchecked(out) })
 }

@@ -19,6 +19,22 @@ pub struct Flat {
     pub row_offsets: Vec<i64>,
 }
 
+impl Default for Flat {
+    /// Of no text.
+    fn default() -> Self {
+        Self { ids: Vec::new(), row_offsets: vec![0] }
+    }
+}
+
+impl Flat {
+    /// Behind these texts, others.
+    fn append(&mut self, other: &Self) {
+        let before = self.ids.len() as i64;
+        self.ids.extend_from_slice(&other.ids);
+        self.row_offsets.extend(other.row_offsets[1..].iter().map(|end| before + end));
+    }
+}
+
 impl Tokenizer {
     /// The ids of each text.
     ///
@@ -36,37 +52,37 @@ impl Tokenizer {
         Ok(rows.into_iter().flatten().collect())
     }
 
-    /// The same in one buffer.
+    /// The same in one buffer, behind what is there.
     ///
     /// # Errors
-    /// As [`Tokenizer::encode`].
-    pub fn encode_batch_flat(&self, texts: &[Text<'_>], options: EncodeOptions<'_>) -> Result<Flat> {
-        let encode = |group: Range<usize>| -> Result<Flat> {
+    /// As [`Tokenizer::encode`]; then some of the texts have been appended.
+    pub fn encode_batch_flat(
+        &self,
+        texts: &[Text<'_>],
+        options: EncodeOptions<'_>,
+        flat: &mut Flat,
+    ) -> Result<()> {
+        let encode = |group: Range<usize>, flat: &mut Flat| -> Result<()> {
             let texts = &texts[group];
-            let bytes: usize = texts.iter().map(|text| text.len()).sum();
-            let mut flat = Flat { ids: Vec::with_capacity(bytes / 3 + 8), row_offsets: vec![0] };
+            flat.ids.reserve(texts.iter().map(|text| text.len()).sum::<usize>() / 3 + 8);
             for text in texts {
                 self.encode_into(*text, options, &mut flat.ids)?;
                 flat.row_offsets.push(flat.ids.len() as i64);
             }
-            Ok(flat)
+            Ok(())
         };
         let groups = groups(texts);
         if groups.len() == 1 || !in_pool() {
-            return encode(0..texts.len());
+            return encode(0..texts.len(), flat);
         }
-        let parts = groups.into_par_iter().map(encode).collect::<Result<Vec<_>>>()?;
-        let mut flat = Flat {
-            ids: Vec::with_capacity(parts.iter().map(|part| part.ids.len()).sum()),
-            row_offsets: Vec::with_capacity(texts.len() + 1),
+        let part = |group| {
+            let mut part = Flat::default();
+            encode(group, &mut part).map(|()| part)
         };
-        flat.row_offsets.push(0);
-        for part in parts {
-            let before = flat.ids.len() as i64;
-            flat.row_offsets.extend(part.row_offsets[1..].iter().map(|end| before + end));
-            flat.ids.extend_from_slice(&part.ids);
-        }
-        Ok(flat)
+        let parts = groups.into_par_iter().map(part).collect::<Result<Vec<_>>>()?;
+        flat.ids.reserve(parts.iter().map(|part| part.ids.len()).sum());
+        parts.iter().for_each(|part| flat.append(part));
+        Ok(())
     }
 }
 

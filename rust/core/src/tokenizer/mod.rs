@@ -12,6 +12,7 @@ mod batch;
 mod bpe;
 mod build;
 mod byte_level;
+pub mod code_points;
 mod decode;
 mod encode;
 mod error;
