@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString};
 
 use crate::arguments::described;
-use crate::utf8::{Utf8, utf8};
+use crate::utf8::{Utf8, length, utf8};
 
 /// The argument `allowed_special`.
 pub enum Allowed {
@@ -141,6 +141,14 @@ fn unicode<'a>(
             "{name}: expected UTF-8 text, got another byte at {} (errors=\"replace\" puts U+FFFD there)",
             error.valid_up_to()
         ))),
+    }
+}
+
+/// How many bytes of UTF-8 a text is at least; 0 if it is none.
+pub fn least_bytes(value: &Bound<'_, PyAny>) -> usize {
+    match value.cast::<PyString>() {
+        Ok(text) => length(text),
+        Err(_) => value.cast::<PyBytes>().map_or(0, |bytes| bytes.as_bytes().len()),
     }
 }
 

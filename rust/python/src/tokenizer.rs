@@ -92,7 +92,7 @@ fn run<R: Send>(py: Python<'_>, bytes: usize, work: impl FnOnce() -> core::Resul
 /// Runs `work` on many texts, a part of them at a time, so that what one is converted in serves the next.
 fn batch(
     py: Python<'_>,
-    texts: &Bound<'_, PyAny>,
+    texts: &[Bound<'_, PyAny>],
     errors: Errors,
     mut work: impl FnMut(&[core::Text<'_>]) -> core::Result<()> + Send,
 ) -> PyResult<()> {
@@ -100,8 +100,7 @@ fn batch(
         1 => core::PARALLEL_BYTES,
         threads => threads * PART_BYTES,
     };
-    let values = texts::list_of("texts", texts)?;
-    let mut values = values.iter().enumerate();
+    let mut values = texts.iter().enumerate();
     while values.len() > 0 {
         let mut inputs = Vec::new();
         let mut bytes = 0;
@@ -262,8 +261,9 @@ impl Tokenizer {
         errors: Errors,
     ) -> PyResult<Vec<Vec<u32>>> {
         let options = allowed_special.options(add_special_tokens);
-        let mut rows = Vec::new();
-        batch(py, texts, errors, |texts| {
+        let texts = texts::list_of("texts", texts)?;
+        let mut rows = Vec::with_capacity(texts.len());
+        batch(py, &texts, errors, |texts| {
             rows.extend(self.core.encode_batch(texts, options)?);
             Ok(())
         })?;
@@ -285,8 +285,9 @@ impl Tokenizer {
         errors: Errors,
     ) -> PyResult<(IdArray<'py>, Bound<'py, PyArray1<i64>>)> {
         let options = allowed_special.options(add_special_tokens);
-        let mut flat = core::Flat::default();
-        batch(py, texts, errors, |texts| self.core.encode_batch_flat(texts, options, &mut flat))?;
+        let texts = texts::list_of("texts", texts)?;
+        let mut flat = core::Flat::with_room(texts.len(), texts.iter().map(texts::least_bytes).sum());
+        batch(py, &texts, errors, |texts| self.core.encode_batch_flat(texts, options, &mut flat))?;
         Ok((flat.ids.into_pyarray(py), flat.row_offsets.into_pyarray(py)))
     }
 

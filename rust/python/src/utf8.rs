@@ -72,7 +72,7 @@ pub fn utf8<'a>(text: &'a Bound<'_, PyString>) -> PyResult<Utf8<'a>> {
 }
 
 /// Code points of a string.
-fn length(text: &Bound<'_, PyString>) -> usize {
+pub fn length(text: &Bound<'_, PyString>) -> usize {
     // SAFETY: `text` is a string.
     usize::try_from(unsafe { PyUnicode_GetLength(text.as_ptr()) }).unwrap_or(0)
 }

@@ -27,6 +27,14 @@ impl Default for Flat {
 }
 
 impl Flat {
+    /// Of no text, with room for so many texts of so many bytes.
+    pub fn with_room(texts: usize, bytes: usize) -> Self {
+        let mut flat = Self::default();
+        flat.row_offsets.reserve_exact(texts);
+        flat.ids.reserve_exact(ids_of(bytes));
+        flat
+    }
+
     /// Behind these texts, others.
     fn append(&mut self, other: &Self) {
         let before = self.ids.len() as i64;
@@ -64,7 +72,7 @@ impl Tokenizer {
     ) -> Result<()> {
         let encode = |group: Range<usize>, flat: &mut Flat| -> Result<()> {
             let texts = &texts[group];
-            flat.ids.reserve(texts.iter().map(|text| text.len()).sum::<usize>() / 3 + 8);
+            flat.ids.reserve(ids_of(texts.iter().map(|text| text.len()).sum()));
             for text in texts {
                 self.encode_into(*text, options, &mut flat.ids)?;
                 flat.row_offsets.push(flat.ids.len() as i64);
@@ -84,6 +92,11 @@ impl Tokenizer {
         parts.iter().for_each(|part| flat.append(part));
         Ok(())
     }
+}
+
+/// Room for the ids of so many bytes of ordinary text.
+fn ids_of(bytes: usize) -> usize {
+    bytes / 3 + 8
 }
 
 /// Neighbouring texts that are encoded together; at least one group.

@@ -102,6 +102,7 @@ impl Work for EncodeScanned<'_> {
         let mut cursor = scanner.cursor(text);
         let mut start = 0;
         let mut hashes = [0; TOGETHER];
+        let mut keys = [Key::default(); TOGETHER];
         // Each piece writes a whole entry and counts what of it is its own.
         ids.resize(TOGETHER * MOST_IDS, 0);
         loop {
@@ -111,10 +112,11 @@ impl Work for EncodeScanned<'_> {
             }
             for ends in ends[..found].chunks(TOGETHER) {
                 let mut at = start;
-                for (&end, hash) in ends.iter().zip(&mut hashes) {
+                for ((&end, hash), key) in ends.iter().zip(&mut hashes).zip(&mut keys) {
                     let len = end as usize - at;
                     *hash = if len <= SHORT {
-                        bpe.vocabulary.hasher.key(Key::new(window(bytes, at), len))
+                        *key = Key::new(window(bytes, at), len);
+                        bpe.vocabulary.hasher.key(*key)
                     } else {
                         bpe.vocabulary.hasher.bytes(&bytes[at..end as usize])
                     };
@@ -122,15 +124,15 @@ impl Work for EncodeScanned<'_> {
                     at = end as usize;
                 }
                 let mut staged = 0;
-                for (&end, &hash) in ends.iter().zip(&hashes) {
+                for ((&end, &hash), &key) in ends.iter().zip(&hashes).zip(&keys) {
                     let end = end as usize;
                     let len = end - start;
                     if len <= SHORT
-                        && let Some(entry) = encoder.pieces.short(Key::new(window(bytes, start), len), hash)
-                        && let Some(room) = ids.get_mut(staged..staged + 3)
+                        && let Some(entry) = encoder.pieces.short(key, hash)
+                        && let Some(room) = ids.get_mut(staged..staged + entry.ids.len())
                     {
                         room.copy_from_slice(&entry.ids);
-                        staged += entry.count as usize;
+                        staged += entry.count();
                     } else if len > SHORT
                         && let Some(entry) = encoder.pieces.long(&bytes[start..end], hash)
                         && let Some(room) = ids.get_mut(staged..staged + entry.len())
@@ -208,7 +210,7 @@ impl Encoder<'_> {
         if piece.len() <= SHORT
             && let Some(entry) = self.pieces.short(Key::new(window(piece, 0), piece.len()), hash)
         {
-            out.extend_from_slice(&entry.ids[..entry.count as usize]);
+            out.extend_from_slice(&entry.ids[..entry.count()]);
         } else if !self.known(piece, hash, out) {
             self.bpe.merge(piece, self.memory, out);
             self.pieces.keep(piece, hash, &out[before..]);

@@ -17,7 +17,7 @@ const MASKS: [u128; SHORT + 1] = {
 };
 
 /// Up to 15 bytes and their number.
-#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
 pub struct Key {
     low: u64,

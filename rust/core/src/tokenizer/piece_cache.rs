@@ -38,16 +38,22 @@ trait Slot: Pod {
 #[repr(C)]
 pub struct Short {
     key: Key,
-    /// The ids, and zeros behind them.
-    pub ids: [u32; 3],
-    /// How many.
-    pub count: u32,
+    /// Up to three ids, zeros behind them, and how many they are.
+    pub ids: [u32; 4],
+}
+
+impl Short {
+    /// How many ids.
+    #[inline]
+    pub fn count(&self) -> usize {
+        self.ids[3] as usize
+    }
 }
 
 impl Slot for Short {
     #[inline]
     fn is_empty(&self) -> bool {
-        self.count == 0
+        self.count() == 0
     }
 }
 
@@ -174,7 +180,7 @@ impl Tables<'_> {
     pub fn other_short(&mut self, piece: &[u8], hash: u64) -> Option<&[u32]> {
         let key = Key::new(window(piece, 0), piece.len());
         let entry = find(self.short, place(hash, SHORT_SETS), |entry| entry.key == key)?;
-        entry.ids.get(..entry.count as usize)
+        entry.ids.get(..entry.count())
     }
 
     /// The ids of a piece that is longer or has more of them, from wherever it may be.
@@ -194,7 +200,7 @@ impl Tables<'_> {
         }
         if is_short {
             let key = Key::new(window(piece, 0), piece.len());
-            let mut entry = Short { key, ids: [0; 3], count: ids.len() as u32 };
+            let mut entry = Short { key, ids: [0, 0, 0, ids.len() as u32] };
             entry.ids[..ids.len()].copy_from_slice(ids);
             push(self.short, place(hash, SHORT_SETS), entry);
         } else if let Some(entry) = Entry::new(piece, ids) {
@@ -286,7 +292,7 @@ mod tests {
         (1..=3).for_each(|byte| tables.keep(&[byte], 0, &[u32::from(byte)]));
         assert!(tables.short(key(1), 0).is_none());
         assert_eq!(tables.other_short(&[1], 0), Some(&[1][..]));
-        assert_eq!(tables.short(key(1), 0).map(|entry| entry.ids), Some([1, 0, 0]));
+        assert_eq!(tables.short(key(1), 0).map(|entry| entry.ids), Some([1, 0, 0, 1]));
         assert_eq!(tables.other_short(&[2], 0), Some(&[2][..]));
         assert_eq!(tables.other_short(&[3], 0), Some(&[3][..]));
     }
