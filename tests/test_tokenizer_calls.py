@@ -152,6 +152,21 @@ def test_a_lone_surrogate_in_a_long_string_is_refused_or_replaced() -> None:
     assert OURS.encode(text, errors="replace") == OURS.encode(text.encode(errors="surrogatepass"), errors="replace")
 
 
+@pytest.mark.parametrize("size", [4095, 4096, 4097, 8192, 12_289])
+def test_a_long_string_is_its_utf8_however_python_stores_it(size: int) -> None:
+    text = "Heed what matters. " * 700
+    for character in "é", "’", "中", "\uffff", "😀":
+        for place in (0, 31, 32, 4095, 4096, size - 1):
+            stored = (text[:place] + character + text[place:])[:size]
+            assert OURS.encode(stored) == OURS.encode(stored.encode())
+    batch = [text[:size], "é" * size, "中文" * size, "", "😀" * 17, text[: size // 2] + "’"] * 3
+    ids, row_offsets = OURS.encode_batch_flat(batch)
+    rows = [OURS.encode(text.encode()) for text in batch]
+    assert ids.tolist() == list(itertools.chain(*rows))
+    assert row_offsets.tolist() == [0, *itertools.accumulate(map(len, rows))]
+    assert OURS.encode_batch(batch) == rows
+
+
 def test_clearing_the_cache_changes_no_result() -> None:
     text = long_text(5, 20_000)
     expected = OURS.encode(text)
