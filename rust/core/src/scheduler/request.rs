@@ -176,6 +176,12 @@ impl Requests {
         key
     }
 
+    /// Takes memory for the blocks that a request will have, so that no later step does.
+    pub fn reserve_table(&mut self, key: usize, config: &SchedulerConfig) {
+        let most = self.max_len[key].min(self.len[key].saturating_add(MOST_RESERVED));
+        self.tables[key].reserve(config.blocks_for(most as usize));
+    }
+
     /// Frees a key whose table is empty.
     pub fn remove(&mut self, key: usize) -> Terms {
         debug_assert!(self.tables[key].is_empty(), "blocks go back first");

@@ -375,6 +375,7 @@ impl Scheduler {
 
     /// Adds a key to those that run.
     pub(super) fn enter_running(&mut self, key: usize) {
+        self.requests.reserve_table(key, &self.config);
         let place = self.place_in_running(key);
         self.running.insert(place, key as u32);
         self.kept_seats += self.requests.terms(key).forks.len();
