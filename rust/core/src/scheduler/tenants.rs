@@ -1,9 +1,11 @@
 //! What each tenant got, for the policy "fair".
 //!
 //! Each tenant has a counter of the cost of its tokens over its weight; who waits is admitted from the tenant with the lowest one.
-//! A tenant that comes back does not bring saved time: its counter is lifted to the lowest of those that are there. Between two
-//! tenants that both wait, counters never differ by more than what one of them can have running at once: none of it was admitted
-//! while its counter was above the other's.
+//! A prompt is charged whole when it is admitted, less what is reused, and each generated token when it is computed; a token that a
+//! preemption has computed again is not charged again. A tenant that comes back does not bring saved time: its counter is lifted to
+//! the lowest of those that are there. Between two tenants that both wait, counters never differ by more than one prompt and the
+//! answers of what one of them can have running at once, over its weight: none of that was admitted while its counter was above the
+//! other's.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -168,8 +168,9 @@ impl NextRanking {
     fn merge(&mut self, piece: usize) {
         let Ranking { order, rank, .. } = &mut self.ranking;
         (order[0], rank[OLDEST]) = (OLDEST as u16, 0);
-        let mut heads: [u64; CLASSES] =
-            std::array::from_fn(|class| self.sorted[class].get(self.taken[class]).copied().unwrap_or(u64::MAX));
+        let mut heads: [u64; CLASSES] = std::array::from_fn(|class| {
+            self.sorted[class].get(self.taken[class]).copied().unwrap_or(u64::MAX)
+        });
         for place in 1 + piece * AGES..=(piece + 1) * AGES {
             let first = heads.into_iter().fold(u64::MAX, u64::min);
             let list = first as u16;
