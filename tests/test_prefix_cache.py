@@ -266,7 +266,7 @@ def test_events_tell_what_is_cached() -> None:
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**32), st.sampled_from([1.0, 2.0, 5.0]), st.sampled_from([1, 3, 8]))
 def test_no_tenant_gets_less_than_its_share(seed: int, weight: float, seats: int) -> None:
-    """The bound on the counters: a prompt, and the answers of what one tenant can have running at once, over its weight."""
+    """The bound on the counters: a prompt, and the answers of what a tenant can have running, over its weight."""
     rng = np.random.default_rng(seed)
     s = scheduler(200, policy="fair", max_num_seqs=seats, max_batched_tokens=32, enable_prefix_caching=False)
     weights = {"small": 1.0, "large": weight}

@@ -73,7 +73,7 @@ def add_parser(subparsers: Any) -> None:
         "--preemption",
         choices=("auto", "recompute", "swap"),
         default="auto",
-        help="what becomes of rows whose request gives its blocks away: computed anew, kept on the host, or what costs less",
+        help="rows of a request that gives its blocks away: computed anew, kept on the host, or what costs less",
     )
     tier.add_argument(
         "--swap-tokens", type=int, metavar="N", help="rows kept for such requests (default: a quarter of the caches')"

@@ -33,7 +33,7 @@ class Executor:
         self._steps = 0
 
     def moved_bytes(self, step: Step) -> float:
-        """Bytes that a step moves between device and host: pages and single latent rows, index keys of preempted requests."""
+        """Bytes a step moves between device and host: latent pages and rows, index keys of preempted requests."""
         if not self._tiered:
             return 0.0
         self._steps += 1

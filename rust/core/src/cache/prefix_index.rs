@@ -427,3 +427,6 @@ fn some(block: u32) -> Option<u32> {
 fn common_len(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(x, y)| x == y).count()
 }
+
+#[cfg(test)]
+mod tests;

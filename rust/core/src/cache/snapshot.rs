@@ -230,7 +230,11 @@ fn read_blocks(
         let block = wanted.and_then(|parent| pool.adopt(parent, space, &tokens, restored));
         places.push(block);
         if let Some(block) = block {
-            let place = residencies.as_mut().map(|residencies| residencies.fill(block));
+            let place = residencies.as_mut().map(|residencies| {
+                // The block may have been given back for a record before this one.
+                pool.take_freed().for_each(|block| residencies.forget(block));
+                residencies.fill(block)
+            });
             for (part, row) in parts.iter_mut().zip(&rows) {
                 let (bytes, at) = match (&mut part.host, place) {
                     (Some(host), Some(place)) => (host, place),
@@ -346,3 +350,6 @@ fn read_exact(file: &mut impl Read, bytes: &mut [u8]) -> Result<()> {
         _ => error.into(),
     })
 }
+
+#[cfg(test)]
+mod tests;

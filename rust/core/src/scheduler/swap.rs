@@ -97,3 +97,48 @@ impl Swap {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn swap(places: usize) -> Swap {
+        let config = SchedulerConfig {
+            num_latent_blocks: Some(8),
+            num_swap_blocks: Some(places),
+            ..SchedulerConfig::new(8)
+        };
+        Swap::new(&config)
+    }
+
+    fn keep(swap: &mut Swap, key: usize, blocks: usize) -> Vec<u32> {
+        let places: Vec<u32> = (0..blocks).map(|_| swap.take()).collect();
+        let kept = places.iter().map(|&place| Kept { place, latent_place: 100 + place }).collect();
+        swap.keep(key, Record { rows: 64 * blocks as u32, blocks: kept });
+        places
+    }
+
+    #[test]
+    fn places_go_round() {
+        let mut swap = swap(5);
+        let first = keep(&mut swap, 7, 3);
+        let second = keep(&mut swap, 2, 2);
+        assert_eq!((swap.free(), swap.total(), swap.check()), (0, 5, Ok(())));
+        assert!(first.iter().all(|place| !second.contains(place)));
+        assert_eq!(swap.release(7).map(|record| record.rows), Some(192));
+        assert!(swap.release(7).is_none());
+        assert_eq!((swap.free(), swap.check()), (3, Ok(())));
+        assert_eq!(swap.of(2).map(|record| record.blocks.len()), Some(2));
+        let mut third = keep(&mut swap, 7, 3);
+        third.sort_unstable();
+        assert_eq!((third, swap.check()), (first, Ok(())));
+    }
+
+    #[test]
+    fn a_lost_place_is_found_out() {
+        let mut swap = swap(5);
+        keep(&mut swap, 0, 2);
+        swap.take();
+        assert!(swap.check().is_err());
+    }
+}

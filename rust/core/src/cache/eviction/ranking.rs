@@ -171,13 +171,14 @@ impl NextRanking {
         let mut heads: [u64; CLASSES] = std::array::from_fn(|class| {
             self.sorted[class].get(self.taken[class]).copied().unwrap_or(u64::MAX)
         });
-        for place in 1 + piece * AGES..=(piece + 1) * AGES {
+        let first_place = 1 + piece * AGES;
+        for (place, next) in (first_place..).zip(&mut order[first_place..][..AGES]) {
             let first = heads.into_iter().fold(u64::MAX, u64::min);
             let list = first as u16;
             let class = usize::from(list) / AGES;
             self.taken[class] += 1;
             heads[class] = self.sorted[class].get(self.taken[class]).copied().unwrap_or(u64::MAX);
-            (order[place], rank[usize::from(list)]) = (list, place as u16);
+            (*next, rank[usize::from(list)]) = (list, place as u16);
         }
     }
 }
