@@ -577,17 +577,17 @@ def draw_config(rng: random.Random) -> SchedulerConfig:
         "max_batched_cost": rng.choice([None, None, 10.0]),
         "ageing_steps": rng.choice([1, 20, 1024]),
     }
-    if rng.random() < 0.4:
-        # As few pages as may be, for more blocks than they hold.
+    if rng.random() < 0.6:
+        # As few pages as may be, for more blocks than they hold or so few that requests are preempted.
         seqs = min(options["max_num_seqs"], options["max_batched_tokens"])
         pages = 2 * (-(-options["max_batched_tokens"] // size) + 3 * seqs)
         if pages < 200:
-            blocks = max(blocks, rng.choice([pages // 3, pages, pages + rng.randint(0, 40)]))
+            blocks = max(blocks, rng.choice([0, 0, pages + rng.randint(0, 40), pages + 40]))
             options |= {"num_latent_blocks": pages, "hot_rows": rng.choice([3, 50])}
-            options["max_model_len"] = rng.choice([10, 40, 40]) * size
+            options["max_model_len"] = rng.choice([10, 40]) * size
             options["num_draft_blocks"] = None
-            options["preemption"] = rng.choice(["auto", "recompute", "swap", "swap"])
-            options["num_swap_blocks"] = rng.choice([2, 10, 40])
+            options["preemption"] = rng.choice(["auto", "auto", "recompute", "swap"])
+            options["num_swap_blocks"] = rng.choice([3, 40, 40])
             options["swap_cost"] = rng.choice([0.01, 0.5])
     return SchedulerConfig(blocks, block_size=size, **options)
 
