@@ -3,9 +3,8 @@
 
 use super::reuse::{AGES, CLASSES, OLDEST, Table, reach};
 
-/// Parts of the work, each about a microsecond: sums and worths by class, what is common to all, and the order in as many pieces as
-/// there are classes.
-pub const STAGES: usize = 3 * CLASSES + 1;
+/// Parts of the work, each about a microsecond: sums by class, what is common to all, and the order by class.
+pub const STAGES: usize = 2 * CLASSES + 1;
 
 /// Number of lists: one for each class and epoch that is told apart, and one for all that is older.
 pub const LISTS: usize = CLASSES * AGES + 1;
@@ -20,31 +19,65 @@ const PRIOR_HAZARD: f32 = 0.02;
 /// A hazard is taken over the ages around it, this share of them to each side.
 const SMOOTHING: f32 = 0.3;
 
-/// Lists from the least worth on.
+/// The lists of each class from the least worth on, and how far they are known to be empty.
 #[derive(Debug)]
 pub struct Ranking {
-    worth: Vec<f32>,
-    order: Vec<u16>,
-    rank: Vec<u16>,
+    sorted: Vec<[u64; AGES]>,
+    /// Where each list stands in its class.
+    places: Vec<u8>,
+    /// All lists of a class before this place are empty.
+    cursors: [usize; CLASSES],
+    /// The list there; `u64::MAX` behind the last.
+    heads: [u64; CLASSES],
 }
 
 impl Ranking {
+    fn new() -> Self {
+        Self {
+            sorted: vec![[0; AGES]; CLASSES],
+            places: vec![0; OLDEST],
+            cursors: [0; CLASSES],
+            heads: [0; CLASSES],
+        }
+    }
+
+    /// The list of the least worth that holds blocks. What is older than any age comes first.
+    pub fn cheapest(&mut self, holds_blocks: impl Fn(usize) -> bool) -> Option<usize> {
+        if holds_blocks(OLDEST) {
+            return Some(OLDEST);
+        }
+        loop {
+            let first = self.heads.into_iter().fold(u64::MAX, u64::min);
+            if first == u64::MAX {
+                return None;
+            }
+            let list = list_of(first);
+            if holds_blocks(list) {
+                return Some(list);
+            }
+            self.move_to(list / AGES, self.cursors[list / AGES] + 1);
+        }
+    }
+
+    /// A list holds blocks.
+    #[inline]
+    pub fn listed(&mut self, list: usize) {
+        let Some(&place) = self.places.get(list) else { return };
+        if usize::from(place) < self.cursors[list / AGES] {
+            self.move_to(list / AGES, usize::from(place));
+        }
+    }
+
     /// What the blocks of a list are worth.
     #[cfg(test)]
     pub fn worth(&self, list: usize) -> f32 {
-        self.worth[list]
+        let Some(&place) = self.places.get(list) else { return 0.0 };
+        f32::from_bits((self.sorted[list / AGES][usize::from(place)] >> 32) as u32)
     }
 
-    /// The list at a place in the order.
-    #[inline]
-    pub fn at(&self, rank: usize) -> Option<usize> {
-        self.order.get(rank).map(|&list| usize::from(list))
-    }
-
-    /// Where a list stands.
-    #[inline]
-    pub fn rank(&self, list: usize) -> usize {
-        usize::from(self.rank[list])
+    fn move_to(&mut self, class: usize, place: usize) {
+        self.cursors[class] = place;
+        self.heads[class] = self.sorted[class].get(place).copied().unwrap_or(u64::MAX);
     }
 }
 
@@ -68,9 +101,8 @@ pub struct NextRanking {
     reached: Table,
     all: ([f32; AGES], [f32; AGES]),
     common: [f32; AGES],
-    /// Each class's lists in order, and how many of them are in the order of all.
-    sorted: Vec<[u64; AGES]>,
-    taken: [usize; CLASSES],
+    /// What blocks are worth of which nothing else is known.
+    common_worth: [f32; AGES],
     ranking: Ranking,
 }
 
@@ -84,13 +116,8 @@ impl NextRanking {
             reached: table,
             all: ([0.0; AGES], [0.0; AGES]),
             common: [0.0; AGES],
-            sorted: vec![[0; AGES]; CLASSES],
-            taken: [0; CLASSES],
-            ranking: Ranking {
-                worth: vec![0.0; LISTS],
-                order: (0..LISTS as u16).collect(),
-                rank: vec![0; LISTS],
-            },
+            common_worth: [0.0; AGES],
+            ranking: Ranking::new(),
         }
     }
 
@@ -106,8 +133,7 @@ impl NextRanking {
         match self.stage {
             stage if stage < CLASSES => self.sum(stage, counts, epoch),
             CLASSES => self.find_common(),
-            stage if stage <= 2 * CLASSES => self.sort(stage - CLASSES - 1, epoch),
-            stage if stage < STAGES => self.merge(stage - 2 * CLASSES - 1),
+            stage if stage < STAGES => self.sort(stage - CLASSES - 1, epoch),
             _ => return,
         }
         self.stage += 1;
@@ -119,12 +145,12 @@ impl NextRanking {
         std::mem::swap(&mut self.ranking, ranking);
         self.stage = 0;
         self.all = ([0.0; AGES], [0.0; AGES]);
-        self.taken = [0; CLASSES];
+        (0..CLASSES).for_each(|class| ranking.move_to(class, 0));
     }
 
     /// The finished order, and what the next one is made in.
     pub fn finished(mut self) -> (Ranking, Self) {
-        let mut ranking = Self::new().ranking;
+        let mut ranking = Ranking::new();
         self.swap(&mut ranking);
         (ranking, self)
     }
@@ -148,37 +174,26 @@ impl NextRanking {
             prior = common * (age as f32 + 1.0) / (age as f32 + 2.0);
             self.common[age] = common;
         }
+        self.common_worth = worth(&self.common.map(|hazard| hazard.min(1.0)));
     }
 
     fn sort(&mut self, class: usize, epoch: u32) {
         let (used, reached) = (&self.used[class], &self.reached[class]);
-        let hazard = std::array::from_fn(|age| {
-            ((used[age] + PRIOR * self.common[age]) / (reached[age] + PRIOR)).min(1.0)
-        });
+        let worth = if reached[0] == 0.0 {
+            self.common_worth // no block of this class was ever given up
+        } else {
+            worth(&std::array::from_fn(|age| {
+                ((used[age] + PRIOR * self.common[age]) / (reached[age] + PRIOR)).min(1.0)
+            }))
+        };
         let now = epoch as usize % AGES;
-        for (age, worth) in worth(&hazard).into_iter().enumerate() {
-            let list = class * AGES + (now + AGES - age) % AGES;
-            self.ranking.worth[list] = worth;
-            self.sorted[class][age] = key(worth, age, list);
+        let Ranking { sorted, places, .. } = &mut self.ranking;
+        for (age, worth) in worth.into_iter().enumerate() {
+            sorted[class][age] = key(worth, age, class * AGES + (now + AGES - age) % AGES);
         }
-        self.sorted[class].sort_unstable();
-    }
-
-    /// Takes as many lists as a class has into the order of all; what is older than any age stands before them.
-    fn merge(&mut self, piece: usize) {
-        let Ranking { order, rank, .. } = &mut self.ranking;
-        (order[0], rank[OLDEST]) = (OLDEST as u16, 0);
-        let mut heads: [u64; CLASSES] = std::array::from_fn(|class| {
-            self.sorted[class].get(self.taken[class]).copied().unwrap_or(u64::MAX)
-        });
-        let first_place = 1 + piece * AGES;
-        for (place, next) in (first_place..).zip(&mut order[first_place..][..AGES]) {
-            let first = heads.into_iter().fold(u64::MAX, u64::min);
-            let list = first as u16;
-            let class = usize::from(list) / AGES;
-            self.taken[class] += 1;
-            heads[class] = self.sorted[class].get(self.taken[class]).copied().unwrap_or(u64::MAX);
-            (*next, rank[usize::from(list)]) = (list, place as u16);
+        sorted[class].sort_unstable();
+        for (place, &key) in sorted[class].iter().enumerate() {
+            places[list_of(key)] = place as u8;
         }
     }
 }
@@ -187,6 +202,10 @@ impl NextRanking {
 /// own number, so that the order is the same on every machine.
 fn key(worth: f32, age: usize, list: usize) -> u64 {
     u64::from(worth.to_bits()) << 32 | ((AGES - 1 - age) as u64) << 16 | list as u64
+}
+
+fn list_of(key: u64) -> usize {
+    usize::from(key as u16)
 }
 
 /// Sums over the ages around each.

@@ -72,8 +72,6 @@ pub struct Reuse {
     /// The order of the lists in this epoch, and the one of the next.
     ranking: Ranking,
     next: NextRanking,
-    /// All lists before this rank are empty.
-    cursor: usize,
     ghosts: Ghosts,
 }
 
@@ -95,7 +93,6 @@ impl Reuse {
             used: table,
             ranking,
             next,
-            cursor: 0,
             ghosts: Ghosts::new(num_blocks),
         }
     }
@@ -105,20 +102,14 @@ impl Reuse {
         if self.age(epoch) < AGES { class.row() * AGES + epoch as usize % AGES } else { OLDEST }
     }
 
-    /// A list may have become the least worth of those that hold blocks.
+    /// A list holds blocks.
     pub fn listed(&mut self, list: usize) {
-        self.cursor = self.cursor.min(self.ranking.rank(list));
+        self.ranking.listed(list);
     }
 
     /// The list of the least worth that holds blocks.
     pub fn cheapest(&mut self, holds_blocks: impl Fn(usize) -> bool) -> Option<usize> {
-        while let Some(list) = self.ranking.at(self.cursor) {
-            if holds_blocks(list) {
-                return Some(list);
-            }
-            self.cursor += 1;
-        }
-        None
+        self.ranking.cheapest(holds_blocks)
     }
 
     /// A block is given up; the epoch.
@@ -185,7 +176,6 @@ impl Reuse {
             reach(reached, alive, self.epoch);
         }
         self.next.swap(&mut self.ranking);
-        self.cursor = 0;
     }
 
     /// Lists whose epoch has just left the horizon, and the list that takes their blocks.
