@@ -27,12 +27,13 @@ from scheduler_workload import (
 )
 
 
-def decode(running: int, count: int = STEPS) -> tuple[list[float], list[float]]:
+def decode(prompts: list[np.ndarray], count: int = STEPS) -> tuple[list[float], list[float]]:
     """Steps of decoding requests: schedule() and update() together, and schedule() alone."""
+    running = len(prompts)
     blocks = (PROMPT // BLOCK + 24) * running + 1024
     scheduler = Scheduler(SchedulerConfig(blocks, BLOCK, max_batched_tokens=16_384, max_num_seqs=running))
-    for i in range(running):
-        scheduler.add(str(i), np.array(prompt(PROMPT, seed=i), dtype=np.int32), max_tokens=100_000)
+    for i, tokens in enumerate(prompts):
+        scheduler.add(str(i), tokens, max_tokens=100_000)
 
     alone: list[float] = []
     while True:
@@ -91,8 +92,9 @@ def main() -> None:
     """Times every row."""
     rows: Rows = {}
     for running in RUNNING:
-        rows[f"step {running}"], rows[f"schedule {running}"] = decode(running)
-        runs = [decode(running, QUIET_STEPS)[0] for _ in range(QUIET_RUNS)]
+        prompts = [np.array(prompt(PROMPT, seed=i), dtype=np.int32) for i in range(running)]
+        rows[f"step {running}"], rows[f"schedule {running}"] = decode(prompts)
+        runs = [decode(prompts, QUIET_STEPS)[0] for _ in range(QUIET_RUNS)]
         rows[f"quiet {running}"] = [min(times) for times in zip(*runs, strict=True)]
     rows["pool"] = timed(pool, 40)
     tokens = np.array(prompt(LONG), dtype=np.int32)

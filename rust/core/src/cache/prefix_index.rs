@@ -13,8 +13,8 @@ use super::events::{CacheEvent, EventLog};
 /// Larger blocks are not cached: nobody fills one.
 pub const MOST_BLOCK_TOKENS: usize = 1 << 16;
 
-/// Tokens of one piece of the token store: 32 KiB, which are soon zeroed.
-const CHUNK_TOKENS: usize = 1 << 13;
+/// Tokens of one piece of the token store: 16 KiB, which are soon zeroed.
+const CHUNK_TOKENS: usize = 1 << 12;
 
 /// Memory is set aside for this many blocks at most.
 pub const MOST_EXPECTED: usize = 1 << 18;

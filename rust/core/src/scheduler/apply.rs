@@ -6,7 +6,7 @@ use super::request::{FinishReason, Phase};
 use super::{Scheduler, SchedulerError};
 
 /// Blocks that are made reusable in any step, if so many are full.
-const LEAST_OFFERS: usize = 2;
+const LEAST_OFFERS: usize = 1;
 
 /// A request that ended: its name and why.
 pub type Finished = (Arc<str>, FinishReason);
