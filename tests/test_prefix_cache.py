@@ -471,3 +471,21 @@ def test_a_prefix_cache_finds_the_longest_prefix(calls: list[tuple[bool, int, in
             if cache.stats()["evicted_blocks"] == 0:
                 assert len(found) == sum(prefix in known for prefix in full)
         cache.check_invariants()
+
+
+@pytest.mark.parametrize("bad", [-1, 2**31, 2**40])
+@pytest.mark.parametrize("place", [0, 5, 9])
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, list])
+def test_ids_that_are_no_tokens_are_refused(bad: int, place: int, dtype: Any) -> None:
+    cache = PrefixCache(8, SIZE)
+    tokens = list(range(10))
+    cache.insert(tokens)
+    before = cache.stats()
+    tokens[place] = bad
+    if dtype is np.int32 and bad > 0:
+        pytest.skip("no int32 holds it")
+    given = tokens if dtype is list else np.array(tokens, dtype)
+    for call in (cache.match, cache.insert, cache.hash_blocks):
+        with pytest.raises(ValueError, match=r"^token_ids: expected ids from 0 to 2147483647, got "):
+            call(given)
+    assert cache.stats() == before
