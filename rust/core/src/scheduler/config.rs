@@ -6,17 +6,19 @@ use crate::cache::eviction::EvictionPolicy;
 /// Block numbers and lengths leave as int32.
 const MOST: usize = i32::MAX as usize;
 
-/// Which request goes first.
+/// Which request goes first. None lets a request wait for ever: each says who may pass it, and the first in order gets a token in each
+/// step and as many blocks as it needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
-    /// In the order of arrival.
+    /// In the order of arrival: nobody passes.
     Fcfs,
-    /// By priority, the lower number first; by arrival among equals. Each `ageing_steps` of waiting make up for one unit. Who runs is
-    /// not pushed out by who waits.
+    /// By priority, the lower number first; by arrival among equals. Each `ageing_steps` of waiting make up for one unit, so one that is n
+    /// units before another passes it if it comes no later than n times so many steps. Who runs is not pushed out by who waits.
     Priority,
     /// Who shares the longest cached prefix; who has waited for `ageing_steps` goes before that, in the order of arrival.
     LongestPrefix,
-    /// Of the tenant that got the least for its weight; in the order of arrival within a tenant.
+    /// Of the tenant that got the least for its weight; in the order of arrival within a tenant. Another tenant passes with what makes
+    /// its counter the larger one: a prompt, and the answers of what it has running.
     Fair,
     /// By deadline, the earlier first, so nothing that comes after a deadline goes before it. Those without one go last, in the order of
     /// arrival; who has waited for `ageing_steps` goes first at every second admission, and is not pushed out afterwards.
