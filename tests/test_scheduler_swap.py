@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,30 @@ def test_fetched_rows_are_counted_for_their_request() -> None:
         update(s, step)
     total = sum(s.explain(name)["fetched_rows"] for name in "ab")
     assert total == s.stats()["fetched_rows"] > 0
+
+
+def test_restored_rows_are_fetched_before_any_step(tmp_path: Path) -> None:
+    s = scheduler(12)
+    pages, host, keys = (np.zeros((blocks, 3), np.uint8) for blocks in (28, s.config.host_blocks, 12))
+    parts = {"latent": (pages, host), "index": keys}
+    s.add("a", list(range(9)), max_tokens=1)
+    step = step_of(s)
+    pages[step.latent_tables[0]] = keys[step.block_tables[0]] = [[1] * 3, [2] * 3, [3] * 3]
+    update(s, step)
+    assert s.snapshot(tmp_path / "cache", parts, model="m") == 3
+    other = scheduler(12)
+    for part in (pages, host, keys):
+        part[:] = 0
+    assert other.restore(tmp_path / "cache", parts, model="m") == 3
+    other.check_invariants()
+    assert not pages.any()
+    block = int(np.flatnonzero(keys[:, 0] == 2)[0])
+    _, sources, _ = other.plan_fetch(0, np.array([block * SIZE + 1]))
+    assert host[sources // SIZE].tolist() == [[2] * 3]
+    with pytest.raises(ValueError, match="parts: expected a host tier's places beside the pages"):
+        other.snapshot(tmp_path / "none", {"latent": pages, "index": keys}, model="m")
+    with pytest.raises(ValueError, match='parts: expected 3 bytes a block of "latent" on the host too, got 2'):
+        other.snapshot(tmp_path / "none", {"latent": (pages, host[:, :2].copy())}, model="m")
 
 
 @pytest.mark.parametrize(

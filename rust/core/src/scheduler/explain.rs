@@ -56,7 +56,8 @@ pub struct Explanation {
     pub restored_tokens: usize,
     /// While it waits: tokens whose rows are kept for it in the host tier.
     pub kept_tokens: usize,
-    /// Latent rows fetched from the host tier for it so far. A row of a block that several requests use counts for one of them.
+    /// Latent rows fetched from the host tier for its steps so far. A row of a block that several requests of a step use counts for
+    /// one of them.
     pub fetched_rows: u64,
     /// While it waits: tokens whose rows are in the cache now.
     pub cached_tokens: usize,

@@ -65,8 +65,10 @@ impl Scheduler {
             let first = (tier.residencies.total() * size) as i64;
             let mut fetched = plan.targets.iter().peekable();
             for (&slot, row) in slots.iter().zip(&plan.rows).filter(|&(_, &row)| row >= first) {
-                if fetched.next_if_eq(&row).is_some() {
-                    let owner = tier.owners[(slot / size as i64) as usize] as usize;
+                let owner = tier.owners.get((slot / size as i64) as usize).map(|&key| key as usize);
+                if fetched.next_if_eq(&row).is_some()
+                    && let Some(owner) = owner.filter(|&key| self.requests.planned[key] > 0)
+                {
                     self.requests.fetched[owner] += 1;
                 }
             }
