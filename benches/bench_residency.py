@@ -4,6 +4,8 @@ Requests of 128K prompt tokens arrive at once, and the replay's simulated execut
 scheduler. With the tier, index keys (132 of 788 bytes a token and layer in FP8) stay on the device; what they leave of
 the budget is pages and rows that were fetched. More requests at once is what the tier is for; what it costs is the
 traffic over the host link, which the times show.
+
+Then requests whose answers outgrow the blocks: preempted ones have their rows computed anew, or kept on the host.
 """
 
 from __future__ import annotations
@@ -30,6 +32,25 @@ def run(trace: list[TraceRequest], cost: CostModel, budget: float, tier: bool, h
         config = SchedulerConfig(
             blocks, BLOCK, BATCHED, len(trace), enable_prefix_caching=False, num_latent_blocks=pages, hot_rows=hot_rows
         )
+    return replay(trace, config, cost)
+
+
+def outgrow(cost: CostModel, requests: int, prompt: int, output: int, preemption: str) -> ReplayResult:
+    """Replays requests that all begin, with blocks for half of their answers."""
+    trace = [TraceRequest(0.0, prompt, output, tuple(range(i * prompt, (i + 1) * prompt))) for i in range(requests)]
+    blocks = requests * (prompt + output // 2) // BLOCK
+    pages = 2 * (BATCHED // BLOCK + 3 * requests)
+    config = SchedulerConfig(
+        blocks,
+        BLOCK,
+        BATCHED,
+        requests,
+        watermark=0.0,
+        enable_prefix_caching=False,
+        num_latent_blocks=pages,
+        hot_rows=65_536,
+        preemption=preemption,  # type: ignore[arg-type]
+    )
     return replay(trace, config, cost)
 
 
@@ -62,6 +83,14 @@ def main() -> None:
         )
     ratio = results["on"].peak_running / results["off"].peak_running
     print(f"\nat once: {ratio:.2f} times (bound {bound:.2f})")
+    print("\n32 requests of 16,384 + 1,536 tokens, blocks for half of the answers\n")
+    print(f"{'preemption':<10} {'preempted':>10} {'rows kept':>10} {'time':>10} {'computed tokens':>16}")
+    for preemption in ("recompute", "auto"):
+        result = outgrow(cost, 32, 16_384, 1536, preemption)
+        print(
+            f"{preemption:<10} {result.preemptions:>10} {result.stats['swaps']:>10} {result.elapsed:>8,.1f} s"
+            f" {result.stats['scheduled_tokens']:>16,}"
+        )
 
 
 if __name__ == "__main__":

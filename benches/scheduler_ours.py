@@ -12,8 +12,11 @@ from scheduler_workload import (
     POOL_CALL,
     POOL_CALLS,
     PROMPT,
+    QUIET_RUNS,
+    QUIET_STEPS,
     RUNNING,
     SAMPLED,
+    STEPS,
     Clock,
     Rows,
     answer,
@@ -24,12 +27,13 @@ from scheduler_workload import (
 )
 
 
-def decode(running: int, rows: Rows) -> None:
-    """Steps of decoding requests: schedule() and update(), and schedule() alone."""
+def decode(prompts: list[np.ndarray], count: int = STEPS) -> tuple[list[float], list[float]]:
+    """Steps of decoding requests: schedule() and update() together, and schedule() alone."""
+    running = len(prompts)
     blocks = (PROMPT // BLOCK + 24) * running + 1024
     scheduler = Scheduler(SchedulerConfig(blocks, BLOCK, max_batched_tokens=16_384, max_num_seqs=running))
-    for i in range(running):
-        scheduler.add(str(i), np.array(prompt(PROMPT, seed=i), dtype=np.int32), max_tokens=100_000)
+    for i, tokens in enumerate(prompts):
+        scheduler.add(str(i), tokens, max_tokens=100_000)
 
     alone: list[float] = []
     while True:
@@ -51,8 +55,8 @@ def decode(running: int, rows: Rows) -> None:
         alone.append(planning.seconds)
         return planning.seconds + applying.seconds
 
-    rows[f"step {running}"] = list(steps(one))
-    rows[f"schedule {running}"] = alone[-len(rows[f"step {running}"]) :]
+    both = list(steps(one, count))
+    return both, alone[-count:]
 
 
 def pool() -> float:
@@ -88,7 +92,10 @@ def main() -> None:
     """Times every row."""
     rows: Rows = {}
     for running in RUNNING:
-        decode(running, rows)
+        prompts = [np.array(prompt(PROMPT, seed=i), dtype=np.int32) for i in range(running)]
+        rows[f"step {running}"], rows[f"schedule {running}"] = decode(prompts)
+        runs = [decode(prompts, QUIET_STEPS)[0] for _ in range(QUIET_RUNS)]
+        rows[f"quiet {running}"] = [min(times) for times in zip(*runs, strict=True)]
     rows["pool"] = timed(pool, 40)
     tokens = np.array(prompt(LONG), dtype=np.int32)
     cache = PrefixCache(4 * LONG // BLOCK, BLOCK)

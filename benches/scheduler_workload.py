@@ -14,6 +14,8 @@ RUNNING = (64, 256, 1024)
 PROMPT = 1024
 STEPS = 200
 """Timed steps of each count, after WARM_STEPS."""
+QUIET_STEPS, QUIET_RUNS = 600, 9
+"""Steps whose times are taken apart from the machine's noise: the least of so many equal runs, step by step."""
 WARM_STEPS = 20
 LONG = 131_072
 """Tokens of a long prompt."""
@@ -48,13 +50,13 @@ def timed(run: Callable[[], float], repeats: int = REPEATS) -> list[float]:
     return [run() for _ in range(repeats)]
 
 
-def steps(step: Callable[[], float]) -> Iterator[float]:
+def steps(step: Callable[[], float], count: int = STEPS) -> Iterator[float]:
     """Seconds of each step, without pauses of the garbage collector."""
-    for _ in range(WARM_STEPS):
-        step()
     gc.collect()
     gc.disable()
-    yield from (step() for _ in range(STEPS))
+    for _ in range(WARM_STEPS):  # behind the collection, which leaves the caches cold
+        step()
+    yield from (step() for _ in range(count))
     gc.enable()
 
 

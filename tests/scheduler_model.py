@@ -47,6 +47,7 @@ class Request:
     deadline: float | None
     branch: int = 0
     computed: int = 0
+    kept: int = 0  # rows kept over a preemption
     exact: bool = True  # whether `computed` is known, or only not exceeded
     drafts: list[int] = field(default_factory=list)
     forks: list[tuple[int, str]] = field(default_factory=list)
@@ -90,12 +91,15 @@ class Model:
         self.rng = random.Random(seed)
         slots = config.num_blocks * config.block_size
         self.index = np.full(slots, GARBAGE, np.int64)
-        # With a host tier, latent rows have pages and hot rows on the device; the host has a place for each block.
+        # With a host tier, latent rows have pages and hot rows on the device; the host has places for
+        # each block, and for index keys of preempted requests.
         pages = config.num_latent_blocks
         self.latent = np.full(
             slots if pages is None else pages * config.block_size + config.hot_rows, GARBAGE, np.int64
         )
-        self.host = np.full(slots, GARBAGE, np.int64)
+        self.host = np.full(config.host_blocks * config.block_size, GARBAGE, np.int64)
+        self.swapped = np.full(config.swap_blocks * config.block_size, GARBAGE, np.int64)
+        self.restored = 0  # tokens that preempted requests got back
         self.live: dict[str, Request] = {}
         self.flight: Flight | None = None
         self.names = 0
@@ -228,7 +232,7 @@ class Model:
             assert seats >= self.config.max_num_seqs
         else:
             assert origin.name == name
-            fork = Request(**{**vars(origin), "name": new, "branch": 0, "forks": [], "drafts": []})
+            fork = Request(**{**vars(origin), "name": new, "branch": 0, "kept": 0, "forks": [], "drafts": []})
             fork.tokens, fork.rows = list(origin.tokens), list(origin.rows)
             self.live[new] = fork
             self.forked += 1
@@ -281,7 +285,13 @@ class Model:
         for name in step.preempted:
             request = self.live[name]
             assert request.name == name
+            request.kept = self.s.explain(name)["kept_tokens"]
+            assert (request.kept > 0) == (name in step.swapped)
+            assert not request.kept or request.kept == request.computed or not request.exact
             request.computed, request.exact, request.drafts = 0, True, []
+        assert set(step.swapped) <= set(step.preempted)
+        self.move(self.index, self.swapped, step.swap_outs)
+        self.move(self.swapped, self.index, step.swap_ins)
         self.move(self.latent, self.host, step.stores)
         self.move(self.host, self.latent, step.loads)
         self.move(self.latent, self.latent, step.latent_copies)
@@ -356,8 +366,10 @@ class Model:
             assert start <= request.computed
             assert start == request.computed or not request.exact
         elif request.skip_cache:
-            assert start == 0
-        request.computed, request.exact = start, True
+            assert start == request.kept
+        assert start >= request.kept, "rows that were kept are computed anew"
+        self.restored += request.kept > 0
+        request.computed, request.kept, request.exact = start, 0, True
         tokens = request.tokens + request.drafts
         assert end <= len(tokens)
         assert step.token_ids[first:last].tolist() == tokens[start:end]
@@ -454,6 +466,11 @@ class Model:
         self.latent[step.latent_slot_mapping] = GARBAGE
         self.blocks(self.index)[step.copies[:, 1]] = GARBAGE
         self.blocks(self.host)[step.stores[:, 1]] = GARBAGE
+        self.blocks(self.swapped)[step.swap_outs[:, 1]] = GARBAGE
+        self.blocks(self.index)[step.swap_ins[:, 1]] = GARBAGE
+        for name in step.swapped:
+            if name in self.live:
+                self.live[name].kept = 0
         for moves in (step.loads, step.latent_copies):
             self.blocks(self.latent)[moves[:, 1]] = GARBAGE
         if self.config.num_latent_blocks is not None:
@@ -465,7 +482,7 @@ class Model:
 
     def snapshot(self) -> None:
         """Another process begins with the rows of this one; a damaged file is refused."""
-        if not self.config.enable_prefix_caching or self.config.num_latent_blocks is not None or self.snapshots is None:
+        if not self.config.enable_prefix_caching or self.snapshots is None:
             return
         other = Model(self.config, self.rng.randrange(2**32))
         other.stems, other.snapshots = self.stems, None
@@ -491,8 +508,9 @@ class Model:
         self.snapshots += 1
         self.reused += other.s.stats()["cached_tokens"]
 
-    def parts(self) -> dict[str, np.ndarray]:
-        return {"latent": self.blocks(self.latent).view(np.uint8), "index": self.blocks(self.index).view(np.uint8)}
+    def parts(self) -> dict[str, Any]:
+        latent, host, index = (self.blocks(cache).view(np.uint8) for cache in (self.latent, self.host, self.index))
+        return {"latent": latent if self.config.num_latent_blocks is None else (latent, host), "index": index}
 
     # What must hold
 
@@ -502,6 +520,10 @@ class Model:
         assert stats["running"] + stats["waiting"] == len({id(r) for r in self.live.values()})
         assert self.s.has_unfinished() == bool(self.live)
         assert stats["free_blocks"] + stats["used_blocks"] == stats["total_blocks"]
+        size = self.config.block_size
+        kept = sum(-(-request.kept // size) for request in {id(r): r for r in self.live.values()}.values())
+        if self.flight is None:
+            assert stats["swap_blocks"] - stats["free_swap_blocks"] == kept
         for event in self.s.events():
             if event["type"] == "BlockStored":
                 assert event["parent_block_hash"] is None or event["parent_block_hash"] in self.stored
@@ -532,6 +554,7 @@ class Model:
         self.check()
         stats = self.s.stats()
         assert (stats["cached_blocks"], stats["free_blocks"]) == (0, stats["total_blocks"])
+        assert stats["free_swap_blocks"] == stats["swap_blocks"]
         assert not self.stored
 
 
@@ -554,14 +577,18 @@ def draw_config(rng: random.Random) -> SchedulerConfig:
         "max_batched_cost": rng.choice([None, None, 10.0]),
         "ageing_steps": rng.choice([1, 20, 1024]),
     }
-    if rng.random() < 0.4:
-        # As few pages as may be, for more blocks than they hold.
+    if rng.random() < 0.6:
+        # As few pages as may be, for more blocks than they hold or so few that requests are preempted.
         seqs = min(options["max_num_seqs"], options["max_batched_tokens"])
         pages = 2 * (-(-options["max_batched_tokens"] // size) + 3 * seqs)
         if pages < 200:
-            blocks = max(blocks, pages + rng.randint(0, 40))
-            options |= {"num_latent_blocks": pages, "hot_rows": rng.choice([3, 50]), "max_model_len": 10 * size}
+            blocks = max(blocks, rng.choice([0, 0, pages + rng.randint(0, 40), pages + 40]))
+            options |= {"num_latent_blocks": pages, "hot_rows": rng.choice([3, 50])}
+            options["max_model_len"] = rng.choice([10, 40]) * size
             options["num_draft_blocks"] = None
+            options["preemption"] = rng.choice(["auto", "auto", "recompute", "swap"])
+            options["num_swap_blocks"] = rng.choice([3, 40, 40])
+            options["swap_cost"] = rng.choice([0.01, 0.5])
     return SchedulerConfig(blocks, block_size=size, **options)
 
 

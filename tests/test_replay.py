@@ -67,6 +67,23 @@ def test_a_small_cache_preempts_and_finishes_all_the_same() -> None:
     assert result.preemptions > 0
 
 
+def test_rows_kept_over_preemptions_are_not_computed_again() -> None:
+    trace = [TraceRequest(0.0, 700, 600, (2 * i, 2 * i + 1)) for i in range(24)]
+    limits = {
+        "num_latent_blocks": 416,
+        "num_swap_blocks": 300,
+        "hot_rows": 65_536,
+        "max_num_seqs": 24,
+        "enable_prefix_caching": False,
+    }
+    kept, anew = (run(trace, 300, 10, preemption=preemption, **limits) for preemption in ("auto", "recompute"))
+    assert kept.finished == anew.finished == 24
+    assert kept.preemptions == kept.stats["swaps"] > 0
+    assert anew.stats["swaps"] == 0
+    # Each token is computed once; the last one of a request is not computed.
+    assert kept.stats["scheduled_tokens"] == 24 * (700 + 600 - 1) < anew.stats["scheduled_tokens"]
+
+
 def test_what_does_not_fit_is_refused_and_the_rest_runs() -> None:
     trace = [TraceRequest(0.0, 100_000, 5, tuple(range(196))), TraceRequest(1.0, 100, 5, (7,))]
     result = run(trace, num_blocks=100)

@@ -9,7 +9,7 @@ import pytest
 import scheduler_model
 
 WORLDS, OPERATIONS, PARTS = 250, 200, 5
-MODEL_COUNTS = ("finished", "aborted", "forked", "abandoned", "operations", "snapshots", "reused")
+MODEL_COUNTS = ("finished", "aborted", "forked", "abandoned", "operations", "snapshots", "reused", "restored")
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -35,5 +35,8 @@ def test_random_operations_keep_every_promise(part: int) -> None:
         "evicted_blocks",
         "abandoned",
         "reused",
+        "restored",
+        "restored_tokens",
+        "swaps",
     ):
         assert totals[name] >= 10, (name, totals)

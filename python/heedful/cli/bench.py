@@ -69,6 +69,15 @@ def add_parser(subparsers: Any) -> None:
         help="latent rows that device memory holds; the rest lie in host memory (default: all on the device)",
     )
     tier.add_argument("--hot-rows", type=int, default=0, metavar="N", help="device rows that keep what was fetched")
+    tier.add_argument(
+        "--preemption",
+        choices=("auto", "recompute", "swap"),
+        default="auto",
+        help="rows of a request that gives its blocks away: computed anew, kept on the host, or what costs less",
+    )
+    tier.add_argument(
+        "--swap-tokens", type=int, metavar="N", help="rows kept for such requests (default: a quarter of the caches')"
+    )
     model = replay.add_argument_group("model and machine")
     model.add_argument("--model", type=Path, metavar="PATH", help="config.json (default: DeepSeek-V3.2's sizes)")
     model.add_argument(
@@ -137,6 +146,10 @@ def _scheduler_config(args: argparse.Namespace) -> SchedulerConfig:
             None if args.latent_tokens is None else _blocks("--latent-tokens", args.latent_tokens, args.block_size)
         ),
         hot_rows=args.hot_rows,
+        preemption=args.preemption,
+        num_swap_blocks=(
+            None if args.swap_tokens is None else _blocks("--swap-tokens", args.swap_tokens, args.block_size)
+        ),
     )
 
 
@@ -200,7 +213,7 @@ def _print(args: argparse.Namespace, config: SchedulerConfig, result: ReplayResu
         "time": f"{result.elapsed:,.1f} s simulated, {result.steps:,} steps",
         "prompt": f"{result.prompt_tokens:,} tokens, {result.hit_share:.1%} found in the cache ({config.eviction})",
         "generated": f"{result.output_tokens:,} tokens, {result.throughput:,.0f} tokens/s",
-        "preemptions": f"{result.preemptions:,}",
+        "preemptions": f"{result.preemptions:,}, rows kept over {stats['swaps']:,} of them",
         "running at most": f"{result.peak_running:,}",
         "blocks in use at most": f"{stats['peak_used_blocks']:,} of {config.num_blocks:,}",
     }

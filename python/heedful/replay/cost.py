@@ -7,7 +7,7 @@ p has p + 1 keys:
     products    FLOPs  2 N (parameters active for a token)
     indexer     FLOPs  2 Hi Di layers sum (p + 1)                     bytes  index row x layers x sum_b L_b
     attention   FLOPs  2 H (2 C + R) layers sum min(k, p + 1)         bytes  latent row x layers x sum_b min(L_b, n_b k)
-    moves       bytes  rows and pages that cross the link to the host (executor.py), x latent row x layers
+    moves       bytes  latent rows, and index keys of preempted requests, that cross the link to the host (executor.py)
 
 `indexer` counts the layers that own an indexer. A step takes
 

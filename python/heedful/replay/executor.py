@@ -33,12 +33,13 @@ class Executor:
         self._steps = 0
 
     def moved_bytes(self, step: Step) -> float:
-        """Bytes of latent rows that a step moves between device and host: whole pages and single rows."""
+        """Bytes a step moves between device and host: latent pages and rows, index keys of preempted requests."""
         if not self._tiered:
             return 0.0
         self._steps += 1
         rows = self._block_size * (len(step.loads) + len(step.stores)) + self._fetched(step)
-        return float(rows) * self._cost.latent_bytes
+        keys = self._block_size * (len(step.swap_outs) + len(step.swap_ins))
+        return float(rows) * self._cost.latent_bytes + float(keys) * self._cost.index_bytes
 
     def _fetched(self, step: Step) -> int:
         tables, lengths, queries = step.block_tables, step.seq_lens, np.diff(step.query_start_loc)

@@ -5,7 +5,7 @@
 //! Requests come one after the other; a hit is a block of the run of leading blocks that are cached. Traces are Mooncake's JSON lines,
 //! with 512-token blocks, cut into 64-token blocks with `--split`; each is also reported for its second half alone, behind the first.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::error::Error;
 use std::time::Instant;
 
@@ -74,6 +74,44 @@ fn replay(requests: &[Request], policy: EvictionPolicy, capacity: usize, from: u
     (100.0 * found as f64 / all as f64, 1e9 * spent / operations as f64)
 }
 
+/// What a policy finds that knows the future: of the leaves, the one whose next use is farthest goes. A prompt's blocks are taken
+/// in as far as they are of use before what they would drive out. In percent.
+fn foresee(requests: &[Request], capacity: usize, from: usize) -> f64 {
+    const NEVER: usize = usize::MAX;
+    // When a block is used next, by request and place: found from the end on.
+    let mut later: HashMap<u64, usize> = HashMap::new();
+    let mut next_uses: Vec<Vec<usize>> = Vec::with_capacity(requests.len());
+    for (place, (prompt, _)) in requests.iter().enumerate().rev() {
+        next_uses.push(prompt.iter().map(|&key| later.insert(key, place).unwrap_or(NEVER)).collect());
+    }
+    next_uses.reverse();
+    // Cached blocks: next use, depth. A block is used whenever one behind it is, so among equals the deepest is a leaf.
+    let mut cached: HashMap<u64, (usize, usize)> = HashMap::new();
+    let mut order: BTreeSet<(usize, usize, u64)> = BTreeSet::new();
+    let (mut found, mut all) = (0, 0);
+    for (place, ((prompt, _), next_uses)) in requests.iter().zip(&next_uses).enumerate() {
+        let hits = prompt.iter().take_while(|key| cached.contains_key(key)).count();
+        if place >= from {
+            found += hits;
+            all += prompt.len().min(capacity);
+        }
+        for (depth, (&key, &next)) in prompt.iter().zip(next_uses).enumerate() {
+            if let Some((before, depth)) = cached.remove(&key) {
+                order.remove(&(before, depth, key));
+            }
+            if next != NEVER {
+                cached.insert(key, (next, depth));
+                order.insert((next, depth, key));
+            }
+        }
+        while cached.len() > capacity {
+            let (_, _, key) = order.pop_last().expect("each cached block is in the order");
+            cached.remove(&key);
+        }
+    }
+    100.0 * found as f64 / all as f64
+}
+
 fn print(title: &str, requests: &[Request], capacities: &[usize], from: usize) {
     println!("{title}: {} requests", requests.len() - from);
     print!("  {:<8}", "blocks");
@@ -86,6 +124,9 @@ fn print(title: &str, requests: &[Request], capacities: &[usize], from: usize) {
         results.iter().for_each(|(share, _)| print!("{share:>7.2}%"));
         println!("{:>8.0}", results.iter().map(|(_, cost)| cost).sum::<f64>() / results.len() as f64);
     }
+    print!("  {:<8}", "future");
+    capacities.iter().for_each(|&capacity| print!("{:>7.2}%", foresee(requests, capacity, from)));
+    println!();
 }
 
 /// A generator of 32-bit numbers (splitmix64).

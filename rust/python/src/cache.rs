@@ -8,7 +8,7 @@ use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::arguments::{count, described, ids, optional_count, optional_text, text};
+use crate::arguments::{count, described, ids, optional_count, optional_text, refused, text};
 use crate::scheduler::eviction_policy;
 
 /// Block numbers leave as int32.
@@ -167,12 +167,14 @@ impl PrefixCache {
         token_ids: &Bound<'py, PyAny>,
         cache_salt: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyArray1<i32>>> {
-        let tokens = Tokens::new(token_ids)?;
+        let tokens = Tokens::unchecked(token_ids)?;
         let salt = salt_of(cache_salt)?;
         let mut cache = self.core();
         let namespace = cache.namespace(salt);
-        let (blocks, _) = cache.find(namespace, tokens.as_slice()?);
-        Ok(PyArray1::from_slice(py, bytemuck::cast_slice(blocks)))
+        match cache.find(namespace, tokens.as_slice()?) {
+            Ok((blocks, _)) => Ok(PyArray1::from_slice(py, bytemuck::cast_slice(blocks))),
+            Err(id) => Err(refused("token_ids", tokens.given(id))),
+        }
     }
 
     /// Caches the full blocks of a sequence, as far as they fit; how many were not there before.
@@ -228,7 +230,27 @@ impl<'py> Tokens<'py> {
         {
             return Ok(Self::Array(array));
         }
-        ids("token_ids", values).map(Self::Copied)
+        let ids = ids("token_ids", values)?;
+        match ids.iter().find(|&&id| i32::try_from(id).is_err()) {
+            Some(&id) => Err(refused("token_ids", id)),
+            None => Ok(Self::Copied(ids)),
+        }
+    }
+
+    /// The same, where negative ids become ids that no int32 holds.
+    fn unchecked(values: &Bound<'py, PyAny>) -> PyResult<Self> {
+        match values.extract::<PyReadonlyArray1<'py, i32>>() {
+            Ok(array) if array.as_slice().is_ok() => Ok(Self::Array(array)),
+            _ => Self::new(values),
+        }
+    }
+
+    /// An id as it was given.
+    fn given(&self, id: u32) -> i64 {
+        match self {
+            Self::Array(_) => i64::from(id as i32),
+            Self::Copied(_) => i64::from(id),
+        }
     }
 
     fn as_slice(&self) -> PyResult<&[u32]> {

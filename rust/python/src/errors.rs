@@ -35,9 +35,7 @@ pub fn scheduler(error: SchedulerError) -> PyErr {
 pub fn snapshot(error: SnapshotError, path: &std::path::Path) -> PyErr {
     match error {
         SnapshotError::Io(source) => io(source, path.display().to_string()),
-        SnapshotError::NotEmpty | SnapshotError::NoCache | SnapshotError::HostTier => {
-            PyRuntimeError::new_err(error.to_string())
-        }
+        SnapshotError::NotEmpty | SnapshotError::NoCache => PyRuntimeError::new_err(error.to_string()),
         error => PyValueError::new_err(error.to_string()),
     }
 }

@@ -7,10 +7,11 @@ mod step;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use heedful_core::cache::snapshot::{Part, PartMut};
+use heedful_core::cache::snapshot::Part;
 use heedful_core::cache::{CacheEvent, FetchPlan};
 use heedful_core::scheduler as core;
 use numpy::{IntoPyArray, PyArray1, PyArrayDyn, PyArrayMethods, PyUntypedArrayMethods};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
 
@@ -298,7 +299,7 @@ impl Scheduler {
     }
 
     /// A request's account: whether it runs, what it waits for ("order", "seats", "blocks", "origin" or "nothing"), what it
-    /// reused, what it holds.
+    /// reused, what was kept for it, what it holds, latent rows fetched for it.
     ///
     /// Raises:
     ///     ValueError: there is no request of this name.
@@ -317,6 +318,9 @@ impl Scheduler {
             ("output_tokens", account.output_tokens),
             ("computed_tokens", account.computed_tokens),
             ("reused_tokens", account.reused_tokens),
+            ("restored_tokens", account.restored_tokens),
+            ("kept_tokens", account.kept_tokens),
+            ("fetched_rows", account.fetched_rows as usize),
             ("cached_tokens", account.cached_tokens),
             ("blocks", account.blocks),
             ("shared_blocks", account.shared_blocks),
@@ -325,6 +329,7 @@ impl Scheduler {
             ("available_blocks", account.available_blocks),
             ("draft_tokens", account.draft_tokens),
             ("preemptions", account.preemptions as usize),
+            ("swaps", account.swaps as usize),
         ] {
             dict.set_item(name, value)?;
         }
@@ -377,7 +382,8 @@ impl Scheduler {
     ///
     /// Args:
     ///     path: the file; it appears whole or not at all.
-    ///     parts: the caches by name: uint8 arrays [num_blocks, bytes of a block], contiguous.
+    ///     parts: the caches by name: uint8 arrays [num_blocks, bytes of a block], contiguous. With a host tier, latent caches as pairs:
+    ///         [num_latent_blocks, bytes of a block] pages and [host_blocks, bytes of a block] on the host; the file is the same.
     ///     model: what the rows are of; restore() asks for the same.
     ///
     /// Returns:
@@ -386,7 +392,7 @@ impl Scheduler {
     /// Raises:
     ///     OSError: the file cannot be written.
     ///     ValueError: a part has another shape.
-    ///     RuntimeError: prefix caching is off, or there is a host tier.
+    ///     RuntimeError: prefix caching is off.
     #[pyo3(signature = (path, parts, *, model))]
     fn snapshot(
         &self,
@@ -395,14 +401,13 @@ impl Scheduler {
         parts: &Bound<'_, PyDict>,
         model: &str,
     ) -> PyResult<usize> {
-        let arrays = parts
-            .iter()
-            .map(|(name, array)| Ok((name.extract::<String>()?, readers::part(&array)?)))
-            .collect::<PyResult<Vec<_>>>()?;
-        let parts: Vec<Part> = arrays
-            .iter()
-            .map(|(name, array)| Ok((&**name, array.shape()[1], array.as_slice()?)))
-            .collect::<PyResult<_>>()?;
+        let arrays = readers::parts(parts, readers::part)?;
+        let mut parts = Vec::with_capacity(arrays.len());
+        for (name, array, host) in &arrays {
+            let width = same_width(name, array.shape()[1], host.as_ref().map(|host| host.shape()[1]))?;
+            let host = host.as_ref().map(|host| host.as_slice()).transpose()?;
+            parts.push(Part { name, width, bytes: array.as_slice()?, host });
+        }
         py.detach(|| self.core().snapshot(&path, model, &parts))
             .map_err(|error| errors::snapshot(error, &path))
     }
@@ -412,7 +417,7 @@ impl Scheduler {
     ///
     /// Args:
     ///     path: the file.
-    ///     parts: the caches by name and in the same order, as for snapshot(); written.
+    ///     parts: the caches by name and in the same order, as for snapshot(); written. Latent rows go to the host tier if there is one.
     ///     model: what the rows are of.
     ///
     /// Returns:
@@ -421,7 +426,7 @@ impl Scheduler {
     /// Raises:
     ///     OSError: the file cannot be read.
     ///     ValueError: it is damaged, or of another model, block size or set of caches; nothing is cached then.
-    ///     RuntimeError: something is cached already, prefix caching is off, or there is a host tier.
+    ///     RuntimeError: something is cached already, or prefix caching is off.
     #[pyo3(signature = (path, parts, *, model))]
     fn restore(
         &self,
@@ -430,14 +435,13 @@ impl Scheduler {
         parts: &Bound<'_, PyDict>,
         model: &str,
     ) -> PyResult<usize> {
-        let mut arrays = parts
-            .iter()
-            .map(|(name, array)| Ok((name.extract::<String>()?, readers::part_mut(&array)?)))
-            .collect::<PyResult<Vec<_>>>()?;
-        let mut parts: Vec<PartMut> = arrays
-            .iter_mut()
-            .map(|(name, array)| Ok((&**name, array.shape()[1], array.as_slice_mut()?)))
-            .collect::<PyResult<_>>()?;
+        let mut arrays = readers::parts(parts, readers::part_mut)?;
+        let mut parts = Vec::with_capacity(arrays.len());
+        for (name, array, host) in &mut arrays {
+            let width = same_width(name, array.shape()[1], host.as_ref().map(|host| host.shape()[1]))?;
+            let host = host.as_mut().map(|host| host.as_slice_mut()).transpose()?;
+            parts.push(Part { name, width, bytes: array.as_slice_mut()?, host });
+        }
         py.detach(|| self.core().restore(&path, model, &mut parts))
             .map_err(|error| errors::snapshot(error, &path))
     }
@@ -477,6 +481,16 @@ impl Scheduler {
     ///     RuntimeError: says what is broken.
     fn check_invariants(&self) -> PyResult<()> {
         self.core().check_invariants().map_err(errors::scheduler)
+    }
+}
+
+/// The width of a cache's blocks, which is the same on the host.
+fn same_width(name: &str, width: usize, host: Option<usize>) -> PyResult<usize> {
+    match host.filter(|&host| host != width) {
+        None => Ok(width),
+        Some(host) => Err(PyValueError::new_err(format!(
+            "parts: expected {width} bytes a block of {name:?} on the host too, got {host}"
+        ))),
     }
 }
 

@@ -7,7 +7,7 @@
 
 use super::block_hash::{Namespace, Space};
 use super::eviction::Evictor;
-use super::prefix_index::{Inserted, PrefixIndex};
+use super::prefix_index::{Inserted, MOST_EXPECTED, PrefixIndex};
 
 /// Blocks that a sequence uses, in the order of its tokens.
 #[derive(Debug, Default, PartialEq)]
@@ -26,6 +26,11 @@ impl BlockTable {
     #[inline]
     pub fn len(&self) -> usize {
         self.blocks.len()
+    }
+
+    /// Takes memory for this many blocks in all.
+    pub fn reserve(&mut self, len: usize) {
+        self.blocks.reserve(len.saturating_sub(self.blocks.len()));
     }
 
     /// Whether the sequence uses no block.
@@ -92,8 +97,8 @@ impl BlockPool {
     /// A pool of blocks 0 to `total` - 1, all free.
     pub fn new(total: u32) -> Self {
         Self {
-            users: Vec::new(),
-            returned: Vec::new(),
+            users: Vec::with_capacity(MOST_EXPECTED.min(total as usize)),
+            returned: Vec::with_capacity(MOST_EXPECTED.min(total as usize)),
             total,
             idle: 0,
             peak_used: 0,
@@ -106,7 +111,8 @@ impl BlockPool {
 
     /// A pool that keeps the rows of blocks nobody uses until it needs the blocks.
     pub fn with_cache(total: u32, index: PrefixIndex, evictor: Evictor) -> Self {
-        Self { cache: Some(Cache { index, evictor, idle_since: Vec::new() }), ..Self::new(total) }
+        let idle_since = Vec::with_capacity(MOST_EXPECTED.min(total as usize));
+        Self { cache: Some(Cache { index, evictor, idle_since }), ..Self::new(total) }
     }
 
     /// Keeps a list of the blocks whose rows become nobody's from now on.

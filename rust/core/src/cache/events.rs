@@ -89,3 +89,56 @@ impl EventLog {
         !self.overflowed
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stored(parent: Option<u128>, hashes: &[u128], tokens: &[u32]) -> CacheEvent {
+        CacheEvent::Stored {
+            block_hashes: hashes.to_vec(),
+            parent_block_hash: parent,
+            token_ids: tokens.to_vec(),
+        }
+    }
+
+    #[test]
+    fn blocks_that_follow_each_other_are_one_event() {
+        let mut log = EventLog::new(100);
+        log.stored(None, 1, &[10, 11]);
+        log.stored(Some(1), 2, &[12, 13]);
+        log.stored(Some(1), 3, &[14, 15]);
+        log.removed(3);
+        log.removed(2);
+        log.stored(None, 4, &[16, 17]);
+        let expected = vec![
+            stored(None, &[1, 2], &[10, 11, 12, 13]),
+            stored(Some(1), &[3], &[14, 15]),
+            CacheEvent::Removed { block_hashes: vec![3, 2] },
+            stored(None, &[4], &[16, 17]),
+        ];
+        assert_eq!(log.take(), Some(expected));
+        assert_eq!(log.take(), Some(vec![]));
+    }
+
+    #[test]
+    fn a_reader_that_comes_too_late_is_told_so_once() {
+        let mut log = EventLog::new(2);
+        for hash in 1..=3 {
+            log.stored(None, hash, &[0]);
+        }
+        assert_eq!(log.take(), None);
+        log.stored(None, 4, &[0]);
+        assert_eq!(log.take(), Some(vec![stored(None, &[4], &[0])]));
+    }
+
+    #[test]
+    fn clearing_makes_up_for_what_was_lost() {
+        let mut log = EventLog::new(1);
+        log.stored(None, 1, &[0]);
+        log.stored(None, 2, &[0]);
+        log.cleared();
+        log.stored(None, 3, &[0]);
+        assert_eq!(log.take(), Some(vec![CacheEvent::Cleared, stored(None, &[3], &[0])]));
+    }
+}

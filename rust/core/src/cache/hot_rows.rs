@@ -123,12 +123,13 @@ impl HotRows {
                     Ok(i64::from(page) * block_size as i64 + offset)
                 }
                 Residency::Host => {
+                    let place_on_host = residencies.host_place(block).expect("rows on the host have a place");
                     let life = residencies.life(block);
                     self.layers[layer].place(slot, life, self.call, self.capacity).map(|(place, fetched)| {
                         let target = first + i64::from(place);
                         if fetched {
                             self.fetched += 1;
-                            plan.sources.push(slot);
+                            plan.sources.push(i64::from(place_on_host) * block_size as i64 + offset);
                             plan.targets.push(target);
                         } else {
                             self.hits += 1;
@@ -201,5 +202,88 @@ impl Layer {
             NONE => self.newest = older,
             newer => self.rows[newer as usize].older = older,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::residency::Moves;
+    use super::*;
+
+    const SIZE: usize = 4;
+
+    /// Blocks 0 to 5 on the host, at the places of their numbers; block 6 in page 0.
+    fn residencies() -> Residencies {
+        let mut residencies = Residencies::new(2, 1);
+        for block in 0..6 {
+            assert_eq!(residencies.fill(block), block);
+        }
+        let mut moves = Moves::default();
+        residencies.begin(1, &mut moves);
+        residencies.write(6, false, &mut moves);
+        residencies.finish(&mut moves);
+        residencies.land();
+        residencies
+    }
+
+    fn plan(hot: &mut HotRows, slots: &[i64]) -> Result<FetchPlan, FetchError> {
+        let mut plan = FetchPlan::default();
+        hot.plan(0, slots, &residencies(), SIZE, &mut plan)?;
+        Ok(plan)
+    }
+
+    #[test]
+    fn rows_in_pages_are_read_there_and_others_fetched_once() {
+        let mut hot = HotRows::new(3);
+        // Pages end at row 8; hot rows lie behind.
+        let first = plan(&mut hot, &[25, -1, 3, 3, 9]).unwrap();
+        assert_eq!(first, FetchPlan { rows: vec![1, -1, 8, 8, 9], sources: vec![3, 9], targets: vec![8, 9] });
+        let second = plan(&mut hot, &[9, 3]).unwrap();
+        assert_eq!(second, FetchPlan { rows: vec![9, 8], ..FetchPlan::default() });
+        assert_eq!((hot.hits, hot.fetched), (3, 2));
+    }
+
+    #[test]
+    fn the_row_that_was_used_first_makes_room() {
+        let mut hot = HotRows::new(3);
+        plan(&mut hot, &[0, 1, 2]).unwrap();
+        plan(&mut hot, &[0]).unwrap();
+        assert_eq!(plan(&mut hot, &[4]).unwrap().targets, [9]);
+        assert_eq!(plan(&mut hot, &[0, 2]).unwrap().sources, Vec::<i64>::new());
+        assert_eq!(plan(&mut hot, &[1]).unwrap().sources, [1]);
+    }
+
+    #[test]
+    fn a_row_of_another_life_is_fetched_again() {
+        let mut hot = HotRows::new(3);
+        let (mut residencies, mut found) = (residencies(), FetchPlan::default());
+        hot.plan(0, &[5], &residencies, SIZE, &mut found).unwrap();
+        residencies.forget(1);
+        residencies.fill(1);
+        hot.plan(0, &[5], &residencies, SIZE, &mut found).unwrap();
+        assert_eq!((found.sources.len(), hot.fetched), (1, 2));
+    }
+
+    #[test]
+    fn layers_keep_rows_of_their_own() {
+        let mut hot = HotRows::new(3);
+        plan(&mut hot, &[0]).unwrap();
+        let mut found = FetchPlan::default();
+        hot.plan(1, &[0], &residencies(), SIZE, &mut found).unwrap();
+        assert_eq!(found.sources, [0]);
+    }
+
+    #[test]
+    fn what_cannot_be_fetched_is_refused_and_forgets_the_layer() {
+        let mut hot = HotRows::new(3);
+        assert_eq!(plan(&mut hot, &[0, 1, 2, 3]), Err(FetchError::TooMany(3)));
+        // What the refused call would have fetched is not taken for fetched.
+        assert_eq!(plan(&mut hot, &[0]).unwrap().sources, [0]);
+        for slot in [-2, 28, i64::MAX, i64::MIN] {
+            assert_eq!(plan(&mut hot, &[slot]), Err(FetchError::NoRow(slot)));
+        }
+        let mut found = FetchPlan::default();
+        let refused = hot.plan(MOST_LAYERS, &[], &residencies(), SIZE, &mut found);
+        assert_eq!(refused, Err(FetchError::Layer(MOST_LAYERS)));
     }
 }

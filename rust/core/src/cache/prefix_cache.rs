@@ -40,14 +40,21 @@ impl PrefixCache {
     }
 
     /// The blocks of the longest cached prefix of `tokens`, which counts as a use of them, and how many tokens are cached.
-    pub fn find(&mut self, namespace: Namespace, tokens: &[u32]) -> (&[u32], usize) {
-        self.pool.clock += 1;
+    ///
+    /// # Errors
+    /// The first id that no int32 holds, which can only stand behind what is cached; nothing is used then.
+    pub fn find(&mut self, namespace: Namespace, tokens: &[u32]) -> Result<(&[u32], usize), u32> {
         self.pool.find(namespace, tokens, &mut self.found);
+        let rest = &tokens[self.found.full.len() * self.block_size..];
+        if let Some(&id) = rest.iter().find(|&&id| i32::try_from(id).is_err()) {
+            return Err(id);
+        }
+        self.pool.clock += 1;
         let mut table = BlockTable::default();
         self.pool.acquire(&self.found.full, &mut table);
         self.pool.release(&mut table);
         let part = self.found.part.map_or(0, |(_, tokens)| tokens);
-        (&self.found.full, self.found.full.len() * self.block_size + part)
+        Ok((&self.found.full, self.found.full.len() * self.block_size + part))
     }
 
     /// Caches the full blocks of `tokens`, as far as they fit; how many were not there before.

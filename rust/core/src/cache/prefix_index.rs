@@ -13,11 +13,11 @@ use super::events::{CacheEvent, EventLog};
 /// Larger blocks are not cached: nobody fills one.
 pub const MOST_BLOCK_TOKENS: usize = 1 << 16;
 
-/// Tokens of one piece of the token store.
-const CHUNK_TOKENS: usize = 1 << 16;
+/// Tokens of one piece of the token store: 16 KiB, which are soon zeroed.
+const CHUNK_TOKENS: usize = 1 << 12;
 
 /// Memory is set aside for this many blocks at most.
-pub const MOST_EXPECTED: usize = 1 << 16;
+pub const MOST_EXPECTED: usize = 1 << 18;
 
 /// Children looked at for the longest common part of a block.
 const SIBLINGS: usize = 16;
@@ -427,3 +427,6 @@ fn some(block: u32) -> Option<u32> {
 fn common_len(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(x, y)| x == y).count()
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,6 +6,9 @@
 //! after each plan that many pages can be had for the next one, so pages cannot run out once a request is admitted.
 //!
 //! What moves in a step counts when the step is done. A step that fails leaves the old copy as the valid one.
+//!
+//! A block has a place in the host tier from its first store on. Places are counted: rows that are kept for a preempted request
+//! use the place beside the block, and stay when the block is free or written anew.
 
 const NONE: u32 = u32::MAX;
 
@@ -26,9 +29,9 @@ pub enum Residency {
 /// What a plan moves.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Moves {
-    /// (page, block of the host tier): first of all.
+    /// (page, place in the host tier): first of all.
     pub stores: Vec<[i32; 2]>,
-    /// (block of the host tier, page): after the stores.
+    /// (place in the host tier, page): after the stores.
     pub loads: Vec<[i32; 2]>,
     /// (source page, target page): after the loads.
     pub copies: Vec<[i32; 2]>,
@@ -61,10 +64,17 @@ pub struct Residencies {
     blocks: Vec<Residency>,
     /// Lives of a block so far: rows fetched in an earlier one are not its own.
     lives: Vec<u32>,
+    /// The place of each block in the host tier; `NONE` before its first store.
+    places: Vec<u32>,
+    /// Blocks and kept rows that use a place, by place; grows with the places in use.
+    place_users: Vec<u32>,
+    free_places: Vec<u32>,
     /// The block in each page; `NONE` when it is free. Grows with the pages in use.
     pages: Vec<u32>,
     /// The last step that wrote, read or loaded a page.
     used: Vec<u64>,
+    /// The last step that stored a page.
+    stored_in: Vec<u64>,
     free: Vec<u32>,
     total: u32,
     most_written: usize,
@@ -76,7 +86,8 @@ pub struct Residencies {
     step: u64,
     /// Blocks whose rows are written, and stored, in the step in flight.
     written: Vec<u32>,
-    stored: Vec<u32>,
+    /// With the life that is stored: a block whose rows are kept may be given away in the same step.
+    stored: Vec<(u32, u32)>,
     loaded: Vec<u32>,
     counts: MoveCounts,
 }
@@ -88,8 +99,12 @@ impl Residencies {
         Self {
             blocks: Vec::new(),
             lives: Vec::new(),
+            places: Vec::new(),
+            place_users: Vec::new(),
+            free_places: Vec::new(),
             pages: Vec::new(),
             used: Vec::new(),
+            stored_in: Vec::new(),
             free: Vec::new(),
             total,
             most_written,
@@ -135,6 +150,12 @@ impl Residencies {
         self.lives.get(block as usize).copied().unwrap_or_default()
     }
 
+    /// The place of a block's rows in the host tier, if it has one. Only that of a clean block or one on the host is filled.
+    #[inline]
+    pub fn host_place(&self, block: u32) -> Option<u32> {
+        self.places.get(block as usize).copied().filter(|&place| place != NONE)
+    }
+
     /// The device page of a block's rows.
     #[inline]
     pub fn page(&self, block: u32) -> Option<u32> {
@@ -149,6 +170,7 @@ impl Residencies {
         let Some(residency) = self.blocks.get_mut(block as usize) else { return };
         let was = std::mem::take(residency);
         self.lives[block as usize] = self.lives[block as usize].wrapping_add(1);
+        self.leave_place(block);
         if let Residency::Dirty(page) | Residency::Clean(page) = was {
             self.clean -= usize::from(was == Residency::Clean(page));
             self.pages[page as usize] = NONE;
@@ -169,7 +191,7 @@ impl Residencies {
     pub fn write(&mut self, block: u32, kept: bool, moves: &mut Moves) {
         let (page, loaded) = self.place(block);
         if loaded && kept {
-            moves.loads.push([block as i32, page as i32]);
+            moves.loads.push([self.places[block as usize] as i32, page as i32]);
             self.loaded.push(block);
             self.counts.loaded_blocks += 1;
         }
@@ -185,17 +207,61 @@ impl Residencies {
                 moves.copies.push([from as i32, page]);
             }
             None => {
-                moves.loads.push([source as i32, page]);
+                moves.loads.push([self.places[source as usize] as i32, page]);
                 self.counts.loaded_blocks += 1;
             }
         }
+    }
+
+    /// Keeps the rows of a block, as they are before this step, in the host tier: the place, which stays until `let_go`. Comes before
+    /// the step's writes.
+    pub fn keep(&mut self, block: u32, moves: &mut Moves) -> u32 {
+        if let Residency::Dirty(page) = self.of(block)
+            && self.stored_in[page as usize] < self.step
+        {
+            self.store(block, page, moves);
+        }
+        let place = self.places[block as usize];
+        self.place_users[place as usize] += 1;
+        place
+    }
+
+    /// Ends the use of a place that `keep` gave.
+    pub fn let_go(&mut self, place: u32) {
+        let users = &mut self.place_users[place as usize];
+        *users -= 1;
+        if *users == 0 {
+            self.free_places.push(place);
+        }
+    }
+
+    /// A block that holds nothing gets the rows that are kept in a place.
+    pub fn adopt(&mut self, block: u32, place: u32) {
+        self.make_room(block);
+        debug_assert!(self.of(block) == Residency::Absent && self.places[block as usize] == NONE);
+        self.blocks[block as usize] = Residency::Host;
+        self.places[block as usize] = place;
+        self.place_users[place as usize] += 1;
+    }
+
+    /// A block that holds nothing gets rows that somebody puts into the host tier: their place.
+    pub fn fill(&mut self, block: u32) -> u32 {
+        self.make_room(block);
+        debug_assert_eq!(self.of(block), Residency::Absent);
+        self.blocks[block as usize] = Residency::Host;
+        self.own_place(block)
     }
 
     /// Ends a plan: stores as many pages as the next step may need.
     pub fn finish(&mut self, moves: &mut Moves) {
         let rewritten =
             self.written.iter().filter(|&&block| matches!(self.of(block), Residency::Clean(_))).count();
-        let mut wanted = self.most_written.saturating_sub(self.free() + self.clean - rewritten);
+        let kept = self.stored.iter().filter(|&&(block, life)| {
+            let page = self.page(block).filter(|_| self.life(block) == life);
+            page.is_some_and(|page| self.used[page as usize] < self.step)
+        });
+        let mut wanted =
+            self.most_written.saturating_sub(self.free() + self.clean - rewritten + kept.count());
         for _ in 0..self.pages.len() {
             if wanted == 0 {
                 break;
@@ -205,10 +271,10 @@ impl Residencies {
             let block = self.pages[page as usize];
             if block != NONE
                 && self.used[page as usize] < self.step
+                && self.stored_in[page as usize] < self.step
                 && self.blocks[block as usize] == Residency::Dirty(page)
             {
-                moves.stores.push([page as i32, block as i32]);
-                self.stored.push(block);
+                self.store(block, page, moves);
                 wanted -= 1;
             }
         }
@@ -217,21 +283,29 @@ impl Residencies {
 
     /// The step is done: what it moved and wrote counts.
     pub fn land(&mut self) {
-        for block in self.stored.drain(..) {
+        for (block, life) in self.stored.drain(..) {
             let residency = &mut self.blocks[block as usize];
+            if self.lives[block as usize] != life {
+                continue;
+            }
             if let Residency::Dirty(page) = *residency {
                 *residency = Residency::Clean(page);
                 self.clean += 1;
                 self.counts.stored_blocks += 1;
             }
         }
-        for block in self.written.drain(..) {
+        let mut written = std::mem::take(&mut self.written);
+        for block in written.drain(..) {
             let residency = &mut self.blocks[block as usize];
             if let Residency::Clean(page) = *residency {
                 *residency = Residency::Dirty(page);
                 self.clean -= 1;
+                if self.place_users[self.places[block as usize] as usize] > 1 {
+                    self.leave_place(block); // the rows that are kept there must not be stored over
+                }
             }
         }
+        self.written = written;
         self.loaded.clear();
     }
 
@@ -247,11 +321,23 @@ impl Residencies {
         }
     }
 
-    /// Checks pages and blocks against each other.
-    pub fn check(&self) -> Result<(), String> {
+    /// Checks pages, places and blocks against each other; `kept` are the places that `keep` gave and nobody let go.
+    pub fn check(&self, kept: impl Iterator<Item = u32>) -> Result<(), String> {
+        let mut users = vec![0; self.place_users.len()];
+        let places = self.places.iter().copied().filter(|&place| place != NONE);
+        places.chain(kept).for_each(|place| users[place as usize] += 1);
+        if users != self.place_users {
+            return Err("users of places in the host tier are counted wrongly".into());
+        }
+        if users.iter().filter(|&&users| users == 0).count() != self.free_places.len() {
+            return Err("a place in the host tier is lost".into());
+        }
         let mut held = 0;
         let mut clean = 0;
         for (block, &residency) in self.blocks.iter().enumerate() {
+            if matches!(residency, Residency::Clean(_) | Residency::Host) && self.places[block] == NONE {
+                return Err(format!("block {block} has no place in the host tier"));
+            }
             if let Residency::Dirty(page) | Residency::Clean(page) = residency {
                 held += 1;
                 clean += usize::from(residency == Residency::Clean(page));
@@ -271,10 +357,7 @@ impl Residencies {
 
     /// The page of a block that is written, and whether it was got for rows that the host tier has.
     fn place(&mut self, block: u32) -> (u32, bool) {
-        if self.blocks.len() <= block as usize {
-            self.blocks.resize(block as usize + 1, Residency::Absent);
-            self.lives.resize(block as usize + 1, 0);
-        }
+        self.make_room(block);
         if let Some(page) = self.page(block) {
             self.used[page as usize] = self.step;
             return (page, false);
@@ -288,6 +371,43 @@ impl Residencies {
         (page, on_host)
     }
 
+    fn make_room(&mut self, block: u32) {
+        if self.blocks.len() <= block as usize {
+            self.blocks.resize(block as usize + 1, Residency::Absent);
+            self.lives.resize(block as usize + 1, 0);
+            self.places.resize(block as usize + 1, NONE);
+        }
+    }
+
+    /// Stores a dirty page in this step.
+    fn store(&mut self, block: u32, page: u32, moves: &mut Moves) {
+        let place = self.own_place(block);
+        moves.stores.push([page as i32, place as i32]);
+        self.stored.push((block, self.lives[block as usize]));
+        self.stored_in[page as usize] = self.step;
+    }
+
+    /// The place of a block, a new one where it has none.
+    fn own_place(&mut self, block: u32) -> u32 {
+        if let Some(place) = self.host_place(block) {
+            return place;
+        }
+        let place = self.free_places.pop().unwrap_or_else(|| {
+            self.place_users.push(0);
+            self.place_users.len() as u32 - 1
+        });
+        self.place_users[place as usize] = 1;
+        self.places[block as usize] = place;
+        place
+    }
+
+    fn leave_place(&mut self, block: u32) {
+        let place = std::mem::replace(&mut self.places[block as usize], NONE);
+        if place != NONE {
+            self.let_go(place);
+        }
+    }
+
     fn take_page(&mut self) -> u32 {
         if let Some(page) = self.free.pop() {
             return page;
@@ -295,6 +415,7 @@ impl Residencies {
         if self.pages.len() < self.total() {
             self.pages.push(NONE);
             self.used.push(0);
+            self.stored_in.push(0);
             return self.pages.len() as u32 - 1;
         }
         for _ in 0..self.pages.len() {
@@ -318,3 +439,6 @@ impl Residencies {
         self.counts.dropped_pages += 1;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -14,8 +14,9 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::block_hash::{PUBLIC, Space};
 use super::block_pool::{BlockPool, BlockTable};
+use super::residency::{Residencies, Residency};
 
-const MAGIC: &[u8; 8] = b"hdflblk1";
+const MAGIC: &[u8; 8] = b"hdflblk2";
 const NO_PARENT: u32 = u32::MAX;
 
 /// Bytes of the model's name, and of a part's, at most; parts at most.
@@ -55,30 +56,49 @@ pub enum SnapshotError {
     /// Nothing is ever cached.
     #[error("prefix caching is off (enable_prefix_caching)")]
     NoCache,
-    /// Latent rows are in two places.
-    #[error("snapshots with a host tier are not supported (num_latent_blocks)")]
-    HostTier,
 }
 
-/// A cache's memory: a name, the bytes of a block, and all blocks one after the other.
-pub type Part<'a> = (&'a str, usize, &'a [u8]);
+/// A cache's memory: `B` is `&[u8]` to be read and `&mut [u8]` to be filled.
+#[derive(Clone, Copy, Debug)]
+pub struct Part<'a, B> {
+    /// Its name.
+    pub name: &'a str,
+    /// Bytes of a block.
+    pub width: usize,
+    /// All blocks one after the other; of a latent cache with a host tier, all pages.
+    pub bytes: B,
+    /// Of a latent cache with a host tier: the host tier's places.
+    pub host: Option<B>,
+}
 
-/// The same, to be filled.
-pub type PartMut<'a> = (&'a str, usize, &'a mut [u8]);
+/// How many pages and places latent caches have with a host tier, and where which block's rows are.
+pub type Tier<R> = Option<(usize, usize, R)>;
 
 type Result<T> = std::result::Result<T, SnapshotError>;
 
 /// Writes the cached blocks of `pool` to a file, which appears whole or not at all; how many.
-pub fn write(pool: &BlockPool, path: &Path, model: &str, parts: &[Part]) -> Result<usize> {
+pub fn write(
+    pool: &BlockPool,
+    tier: Tier<&Residencies>,
+    path: &Path,
+    model: &str,
+    parts: &[Part<&[u8]>],
+) -> Result<usize> {
     let index = pool.index().ok_or(SnapshotError::NoCache)?;
-    let head = head(pool, model, parts.iter().map(|(name, width, bytes)| (*name, *width, bytes.len())))?;
+    let sizes = tier.map(|(pages, places, _)| (pages, places));
+    let head = head(pool, sizes, model, parts)?;
     let partial = path.with_extension("partial");
     let mut file = BufWriter::with_capacity(1 << 20, File::create(&partial)?);
     let blocks = index.blocks();
     let written = (|| {
         file.write_all(&head)?;
-        file.write_all(&(blocks.len() as u64).to_le_bytes())?;
-        file.write_all(&index.hasher().space(KEY_NAME).to_le_bytes())?;
+        let mut sum = Xxh3::new();
+        for bytes in [&(blocks.len() as u64).to_le_bytes()[..], &index.hasher().space(KEY_NAME).to_le_bytes()]
+        {
+            sum.update(bytes);
+            file.write_all(bytes)?;
+        }
+        file.write_all(&sum.digest128().to_le_bytes())?;
         let mut places =
             vec![NO_PARENT; pool.total().min(blocks.iter().max().map_or(0, |&b| b as usize + 1))];
         for (place, &block) in blocks.iter().enumerate() {
@@ -96,8 +116,16 @@ pub fn write(pool: &BlockPool, path: &Path, model: &str, parts: &[Part]) -> Resu
             for token in tokens {
                 put(&token.to_le_bytes())?;
             }
-            for (_, width, bytes) in parts {
-                put(&bytes[block as usize * width..][..*width])?;
+            for part in parts {
+                let (bytes, at) = match (part.host, tier) {
+                    (Some(host), Some((_, _, residencies))) => match residencies.of(block) {
+                        // A page that was stored may be read by a step still, but its place is filled.
+                        Residency::Dirty(page) => (part.bytes, page),
+                        _ => (host, residencies.host_place(block).expect("rows are somewhere")),
+                    },
+                    _ => (part.bytes, block),
+                };
+                put(&bytes[at as usize * part.width..][..part.width])?;
             }
             file.write_all(&sum.digest128().to_le_bytes())?;
         }
@@ -115,19 +143,27 @@ pub fn write(pool: &BlockPool, path: &Path, model: &str, parts: &[Part]) -> Resu
 
 /// Fills an empty cache from a file; how many blocks came back. Those that the pool has no room for stay out, salted ones where
 /// salts are hashed with another key, and parts of blocks whose rows another one holds too.
-pub fn read(pool: &mut BlockPool, path: &Path, model: &str, parts: &mut [PartMut]) -> Result<usize> {
+pub fn read(
+    pool: &mut BlockPool,
+    tier: Tier<&mut Residencies>,
+    path: &Path,
+    model: &str,
+    parts: &mut [Part<&mut [u8]>],
+) -> Result<usize> {
     let index = pool.index().ok_or(SnapshotError::NoCache)?;
     if !index.is_empty() {
         return Err(SnapshotError::NotEmpty);
     }
-    let head = head(pool, model, parts.iter().map(|(name, width, bytes)| (*name, *width, bytes.len())))?;
+    let sizes = tier.as_ref().map(|&(pages, places, _)| (pages, places));
+    let head = head(pool, sizes, model, parts)?;
+    let residencies = tier.map(|(_, _, residencies)| residencies);
     let file = File::open(path)?;
     let mut left = file.metadata()?.len();
     let mut file = BufReader::with_capacity(1 << 20, file);
     check_head(&mut file, &head, pool, model)?;
     left = left.saturating_sub(head.len() as u64);
     let mut restored = BlockTable::default();
-    let outcome = read_blocks(pool, &mut file, left, parts, &mut restored);
+    let outcome = read_blocks(pool, residencies, &mut file, left, parts, &mut restored);
     let count = restored.len();
     pool.release(&mut restored);
     if outcome.is_err() {
@@ -141,23 +177,28 @@ const KEY_NAME: &str = "the key of this snapshot's salts";
 
 fn read_blocks(
     pool: &mut BlockPool,
+    mut residencies: Option<&mut Residencies>,
     file: &mut impl Read,
     left: u64,
-    parts: &mut [PartMut],
+    parts: &mut [Part<&mut [u8]>],
     restored: &mut BlockTable,
 ) -> Result<()> {
     let (size, key) = {
         let index = pool.index().ok_or(SnapshotError::NoCache)?;
         (index.block_size(), index.hasher().space(KEY_NAME))
     };
-    let count = u64::from_le_bytes(take(file)?);
-    let same_key = u128::from_le_bytes(take(file)?) == key;
+    let mut sum = Xxh3::new();
+    let count = u64::from_le_bytes(summed(file, &mut sum)?);
+    let same_key = u128::from_le_bytes(summed(file, &mut sum)?) == key;
+    if sum.digest128() != u128::from_le_bytes(take(file)?) {
+        return Err(SnapshotError::Damaged("the sum of its head differs"));
+    }
     if count > left / 40 {
         return Err(SnapshotError::Damaged("it ends early"));
     }
     // Where each record's block is now, if it is.
     let mut places: Vec<Option<u32>> = Vec::with_capacity(count as usize);
-    let mut rows: Vec<Vec<u8>> = parts.iter().map(|(_, width, _)| vec![0; *width]).collect();
+    let mut rows: Vec<Vec<u8>> = parts.iter().map(|part| vec![0; part.width]).collect();
     let mut tokens: Vec<u32> = Vec::with_capacity(size);
     for place in 0..count {
         let mut sum = Xxh3::with_seed(place);
@@ -189,8 +230,17 @@ fn read_blocks(
         let block = wanted.and_then(|parent| pool.adopt(parent, space, &tokens, restored));
         places.push(block);
         if let Some(block) = block {
-            for ((_, _, bytes), row) in parts.iter_mut().zip(&rows) {
-                bytes[block as usize * row.len()..][..row.len()].copy_from_slice(row);
+            let place = residencies.as_mut().map(|residencies| {
+                // The block may have been given back for a record before this one.
+                pool.take_freed().for_each(|block| residencies.forget(block));
+                residencies.fill(block)
+            });
+            for (part, row) in parts.iter_mut().zip(&rows) {
+                let (bytes, at) = match (&mut part.host, place) {
+                    (Some(host), Some(place)) => (host, place),
+                    _ => (&mut part.bytes, block),
+                };
+                bytes[at as usize * row.len()..][..row.len()].copy_from_slice(row);
             }
         }
     }
@@ -201,10 +251,11 @@ fn read_blocks(
 }
 
 /// What stands before the blocks: what the rows are of.
-fn head<'a>(
+fn head<B: std::ops::Deref<Target = [u8]>>(
     pool: &BlockPool,
+    tier: Option<(usize, usize)>,
     model: &str,
-    parts: impl Iterator<Item = (&'a str, usize, usize)>,
+    parts: &[Part<B>],
 ) -> Result<Vec<u8>> {
     let argument = |name, expected: String| Err(SnapshotError::Argument { name, expected });
     if model.len() > MOST_NAME {
@@ -215,25 +266,36 @@ fn head<'a>(
     head.extend((block_size as u32).to_le_bytes());
     head.extend((model.len() as u32).to_le_bytes());
     head.extend(model.as_bytes());
-    let mut count = 0u32;
+    if tier.is_some() && parts.iter().all(|part| part.host.is_none()) {
+        return argument("parts", "a host tier's places beside the pages of each latent cache".into());
+    }
     let mut listed = Vec::new();
-    for (name, width, bytes) in parts {
-        let total = pool.total();
-        if width == 0 || bytes / width < total || name.len() > MOST_NAME {
-            return argument(
-                "parts",
-                format!("rows of {total} blocks, {name:?} has {bytes} bytes, {width} a block"),
-            );
+    for part in parts {
+        let (name, width) = (part.name, part.width);
+        let (total, places) = match (&part.host, tier) {
+            (None, _) => (pool.total(), 0),
+            (Some(_), Some(sizes)) => sizes,
+            (Some(_), None) => {
+                return argument("parts", format!("one array for {name:?}: there is no host tier"));
+            }
+        };
+        let sizes =
+            [("blocks", Some(&part.bytes), total), ("places of the host tier", part.host.as_ref(), places)];
+        for (what, bytes, least) in sizes {
+            let bytes = bytes.map_or(0, |bytes| bytes.len());
+            if width == 0 || bytes / width < least || name.len() > MOST_NAME {
+                let expected = format!("rows of {least} {what}, {name:?} has {bytes} bytes, {width} a block");
+                return argument("parts", expected);
+            }
         }
-        count += 1;
         listed.extend((name.len() as u32).to_le_bytes());
         listed.extend(name.as_bytes());
         listed.extend((width as u64).to_le_bytes());
     }
-    if count == 0 || count as usize > MOST_PARTS {
-        return argument("parts", format!("1 to {MOST_PARTS} caches, got {count}"));
+    if parts.is_empty() || parts.len() > MOST_PARTS {
+        return argument("parts", format!("1 to {MOST_PARTS} caches, got {}", parts.len()));
     }
-    head.extend(count.to_le_bytes());
+    head.extend((parts.len() as u32).to_le_bytes());
     head.extend(listed);
     let sum = xxhash_rust::xxh3::xxh3_128(&head);
     head.extend(sum.to_le_bytes());
@@ -288,3 +350,6 @@ fn read_exact(file: &mut impl Read, bytes: &mut [u8]) -> Result<()> {
         _ => error.into(),
     })
 }
+
+#[cfg(test)]
+mod tests;

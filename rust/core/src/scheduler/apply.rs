@@ -6,7 +6,7 @@ use super::request::{FinishReason, Phase};
 use super::{Scheduler, SchedulerError};
 
 /// Blocks that are made reusable in any step, if so many are full.
-const LEAST_OFFERS: usize = 16;
+const LEAST_OFFERS: usize = 1;
 
 /// A request that ended: its name and why.
 pub type Finished = (Arc<str>, FinishReason);
@@ -46,6 +46,7 @@ impl Scheduler {
         if let Some(tier) = &mut self.tier {
             tier.residencies.land();
         }
+        self.land_swaps();
         self.flight.new_tokens.clear();
         // Twice what the step's tokens fill on average, so that no backlog stays.
         let planned: usize =
@@ -81,6 +82,7 @@ impl Scheduler {
             tier.residencies.abandon();
             tier.hot_rows.clear();
         }
+        self.abandon_swaps();
         for place in 0..self.flight.keys.len() {
             let key = self.flight.keys[place] as usize;
             let copied = self.flight.copied.contains(&(key as u32));

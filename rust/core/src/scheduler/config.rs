@@ -6,19 +6,22 @@ use crate::cache::eviction::EvictionPolicy;
 /// Block numbers and lengths leave as int32.
 const MOST: usize = i32::MAX as usize;
 
-/// Which request goes first.
+/// Which request goes first. None lets a request wait for ever: each says who may pass it, and the first in order gets a token in each
+/// step and as many blocks as it needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
-    /// In the order of arrival.
+    /// In the order of arrival: nobody passes.
     Fcfs,
-    /// By priority, the lower number first; by arrival among equals. Each `ageing_steps` of waiting make up for one unit. Who runs is
-    /// not pushed out by who waits.
+    /// By priority, the lower number first; by arrival among equals. Each `ageing_steps` of waiting make up for one unit, so one that is n
+    /// units before another passes it if it comes no later than n times so many steps. Who runs is not pushed out by who waits.
     Priority,
     /// Who shares the longest cached prefix; who has waited for `ageing_steps` goes before that, in the order of arrival.
     LongestPrefix,
-    /// Of the tenant that got the least for its weight; in the order of arrival within a tenant.
+    /// Of the tenant that got the least for its weight; in the order of arrival within a tenant. Another tenant passes with what makes
+    /// its counter the larger one: a prompt, and the answers of what it has running.
     Fair,
-    /// By deadline, the earlier first; those without one last, in the order of arrival.
+    /// By deadline, the earlier first, so nothing that comes after a deadline goes before it. Those without one go last, in the order of
+    /// arrival; who has waited for `ageing_steps` goes first at every second admission, and is not pushed out afterwards.
     Deadline,
 }
 
@@ -39,6 +42,37 @@ impl Policy {
             Self::LongestPrefix => "longest_prefix",
             Self::Fair => "fair",
             Self::Deadline => "deadline",
+        }
+    }
+}
+
+/// What becomes of the computed rows of a request that is preempted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preemption {
+    /// They are kept in the host tier where that costs less than computing those that no other request uses anew.
+    #[default]
+    Auto,
+    /// They are computed anew, as far as they are not found in the prefix cache.
+    Recompute,
+    /// They are kept in the host tier as long as there is room.
+    Swap,
+}
+
+impl Preemption {
+    /// Every way.
+    pub const ALL: [Self; 3] = [Self::Auto, Self::Recompute, Self::Swap];
+
+    /// The one of this name.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|preemption| preemption.as_str() == name)
+    }
+
+    /// Its name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Recompute => "recompute",
+            Self::Swap => "swap",
         }
     }
 }
@@ -78,13 +112,20 @@ pub struct SchedulerConfig {
     pub num_latent_blocks: Option<usize>,
     /// Rows fetched from the host tier that the device keeps, for each layer.
     pub hot_rows: usize,
+    /// What becomes of the rows of a request that is preempted.
+    pub preemption: Preemption,
+    /// Blocks of preempted requests that the host tier keeps beside those of the pool. `None` means a quarter of `num_blocks` with a
+    /// host tier and 0 without one.
+    pub num_swap_blocks: Option<usize>,
+    /// Cost of moving a token's index keys to the host tier and back, where computing it at position 0 costs 1.
+    pub swap_cost: f64,
     /// Draft tokens of a request in one step at most.
     pub num_speculative_tokens: usize,
     /// A token at position p costs 1 + `context_cost` * p.
     pub context_cost: f64,
     /// Cost of a step at most; `None` lets tokens alone count.
     pub max_batched_cost: Option<f64>,
-    /// Steps of waiting that make up for one unit of priority, or for any prefix.
+    /// Steps of waiting that make up for one unit of priority, for any prefix, or for having no deadline.
     pub ageing_steps: usize,
 }
 
@@ -108,6 +149,9 @@ impl SchedulerConfig {
             num_draft_blocks: None,
             num_latent_blocks: None,
             hot_rows: 0,
+            preemption: Preemption::default(),
+            num_swap_blocks: None,
+            swap_cost: 0.05,
             num_speculative_tokens: 0,
             context_cost: 0.0,
             max_batched_cost: None,
@@ -118,6 +162,19 @@ impl SchedulerConfig {
     /// Blocks that can be handed out: each has its rows in every cache, so the smallest cache counts, a draft model's among them.
     pub fn usable_blocks(&self) -> usize {
         self.num_blocks.min(self.num_draft_blocks.unwrap_or(usize::MAX))
+    }
+
+    /// Blocks of preempted requests that the host tier keeps.
+    pub fn swap_blocks(&self) -> usize {
+        match (self.num_latent_blocks, self.num_swap_blocks) {
+            (Some(_), None) if self.preemption != Preemption::Recompute => self.num_blocks / 4,
+            (_, most) => most.unwrap_or(0),
+        }
+    }
+
+    /// Places for a block's latent rows in the host tier: for each block of the pool and each that is kept for a preempted request.
+    pub fn host_blocks(&self) -> usize {
+        if self.num_latent_blocks.is_some() { self.num_blocks.saturating_add(self.swap_blocks()) } else { 0 }
     }
 
     /// Slots of the whole pool, as far as an int32 length counts them: the longest sequence that can be held.
@@ -178,9 +235,11 @@ impl SchedulerConfig {
                 return Err(SchedulerError::Config { name, expected, got: value.to_string() });
             }
         }
-        for (name, value) in
-            [("num_speculative_tokens", self.num_speculative_tokens), ("hot_rows", self.hot_rows)]
-        {
+        for (name, value) in [
+            ("num_speculative_tokens", self.num_speculative_tokens),
+            ("hot_rows", self.hot_rows),
+            ("num_swap_blocks", self.swap_blocks()),
+        ] {
             if value >= MOST {
                 let expected = format!("an integer from 0 to {}", MOST - 1);
                 return Err(SchedulerError::Config { name, expected, got: value.to_string() });
@@ -196,7 +255,9 @@ impl SchedulerConfig {
                 return Err(SchedulerError::Config { name, expected, got: pages.to_string() });
             }
         }
+        self.check_preemption()?;
         let numbers = [
+            ("swap_cost", self.swap_cost, self.swap_cost >= 0.0, "a number of at least 0"),
             ("watermark", self.watermark, (0.0..1.0).contains(&self.watermark), "a number from 0 to below 1"),
             (
                 "context_cost",
@@ -218,5 +279,23 @@ impl SchedulerConfig {
             }
         }
         Ok(())
+    }
+
+    fn check_preemption(&self) -> Result<(), SchedulerError> {
+        let blocks = self.swap_blocks();
+        let (name, expected, got) = if blocks > 0 && self.num_latent_blocks.is_none() {
+            ("num_swap_blocks", "0 without a host tier (num_latent_blocks)", blocks.to_string())
+        } else if self.host_blocks() > MOST {
+            ("num_swap_blocks", "no more than an int32 counts together with num_blocks", blocks.to_string())
+        } else if self.preemption == Preemption::Swap && blocks == 0 {
+            (
+                "preemption",
+                "\"auto\" or \"recompute\" without room in a host tier (num_swap_blocks)",
+                "\"swap\"".into(),
+            )
+        } else {
+            return Ok(());
+        };
+        Err(SchedulerError::Config { name, expected: expected.into(), got })
     }
 }

@@ -52,6 +52,13 @@ pub struct Explanation {
     pub computed_tokens: usize,
     /// Tokens whose rows it found in the cache when it last began to run.
     pub reused_tokens: usize,
+    /// Tokens behind those whose rows had been kept for it over a preemption.
+    pub restored_tokens: usize,
+    /// While it waits: tokens whose rows are kept for it in the host tier.
+    pub kept_tokens: usize,
+    /// Latent rows fetched from the host tier for its steps so far. A row of a block that several requests of a step use counts for
+    /// one of them.
+    pub fetched_rows: u64,
     /// While it waits: tokens whose rows are in the cache now.
     pub cached_tokens: usize,
     /// Blocks it uses.
@@ -68,6 +75,8 @@ pub struct Explanation {
     pub draft_tokens: usize,
     /// Times that it gave its blocks away.
     pub preemptions: u32,
+    /// How many of these its rows were kept over.
+    pub swaps: u32,
     /// Steps since it came.
     pub age_steps: u64,
     /// Who asked.
@@ -119,6 +128,9 @@ impl Scheduler {
             output_tokens: (requests.len[key] - terms.prompt_len) as usize,
             computed_tokens: requests.computed[key] as usize,
             reused_tokens: terms.reused as usize,
+            restored_tokens: terms.restored as usize,
+            kept_tokens: if running { 0 } else { self.kept_rows(key) },
+            fetched_rows: requests.fetched[key],
             cached_tokens: found.full.len() * self.config.block_size
                 + found.part.map_or(0, |(_, tokens)| tokens),
             blocks: table.len(),
@@ -130,6 +142,7 @@ impl Scheduler {
             available_blocks: available,
             draft_tokens: requests.tokens[key].len() - requests.len[key] as usize,
             preemptions: terms.preemptions,
+            swaps: terms.swaps,
             age_steps: self.pool.clock - terms.since,
             tenant: self.tenants.name(terms.tenant).clone(),
             tenant_counter: self.tenants.counter(terms.tenant),

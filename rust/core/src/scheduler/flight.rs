@@ -26,6 +26,9 @@ pub(super) struct Flight {
     pub held: BlockTable,
     /// Keys of requests that begin from a copy.
     pub copied: Vec<u32>,
+    /// Keys of requests whose rows were kept in this plan, and of those that go on with kept rows.
+    pub swapped_out: Vec<u32>,
+    pub swapped_in: Vec<u32>,
     /// Blocks that may still be made reusable in this update.
     pub offers_left: usize,
     /// Tokens that each request of the last step got, by its place.
@@ -46,6 +49,8 @@ impl Flight {
         self.keys.clear();
         self.rows.clear();
         self.copied.clear();
+        self.swapped_out.clear();
+        self.swapped_in.clear();
     }
 
     /// The plan is complete.

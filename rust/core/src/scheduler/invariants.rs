@@ -14,7 +14,17 @@ impl Scheduler {
         let tables = requests.keys().map(|key| &requests.tables[key]).chain([&self.flight.held]);
         self.pool.check(tables)?;
         if let Some(tier) = &self.tier {
-            tier.residencies.check()?;
+            let kept = || tier.swap.records().flat_map(|(_, record)| &record.blocks);
+            tier.residencies.check(kept().map(|kept| kept.latent_place))?;
+            tier.swap.check()?;
+            for (key, record) in tier.swap.records() {
+                let waits = requests.phase[key] == Phase::Waiting;
+                let goes_on = self.flight.is_in() && self.flight.swapped_in.contains(&(key as u32));
+                if !(waits || goes_on) || record.blocks.len() != self.config.blocks_for(record.rows as usize)
+                {
+                    return Err("rows are kept for a request that does not wait for them".into());
+                }
+            }
         }
         for key in requests.keys() {
             self.find_broken_request(key)?;

@@ -14,12 +14,13 @@ mod request;
 mod scheduler;
 mod stats;
 mod step;
+mod swap;
 mod tenants;
 mod tier;
 mod waiting;
 
 pub use apply::Finished;
-pub use config::{Policy, SchedulerConfig};
+pub use config::{Policy, Preemption, SchedulerConfig};
 pub use error::SchedulerError;
 pub use explain::{Explanation, WaitReason};
 pub use request::{FinishReason, NewRequest};

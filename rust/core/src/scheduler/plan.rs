@@ -1,11 +1,9 @@
 //! `schedule`: which tokens of which requests run next, in which blocks.
 
-use std::sync::Arc;
-
 use super::flight::SampleRow;
 use super::request::Phase;
 use super::waiting::reusable;
-use super::{Scheduler, SchedulerError, Step};
+use super::{Policy, Scheduler, SchedulerError, Step};
 use crate::cache::Found;
 
 /// What is left of a step's limits.
@@ -33,6 +31,7 @@ impl Scheduler {
         step.clear();
         self.flight.clear();
         self.pool.clock += 1;
+        self.begin_moves(step);
         let mut budget = Budget {
             tokens: self.config.max_batched_tokens,
             cost: self.config.max_batched_cost.unwrap_or(f64::INFINITY),
@@ -66,7 +65,7 @@ impl Scheduler {
             } else {
                 // Requests before this one have their blocks; the last in the order gives way, and may be this one itself.
                 let victim = *self.running.last().expect("this request runs") as usize;
-                step.preempted.push(self.preempt(victim));
+                self.preempt(victim, step);
             }
         }
         true
@@ -90,20 +89,24 @@ impl Scheduler {
             self.pool.find(self.requests.terms(key).namespace, reusable(&self.requests, key), &mut found);
             let left = self.pool.free() - found.idle;
             let part_idle = found.part.is_some_and(|(block, _)| self.pool.is_idle(block));
-            if whole - found.full.len() + usize::from(part_idle) > left {
-                found.part = None; // its block would be held for a step; do without
+            let kept_rows = self.kept_rows(key);
+            if kept_rows > found.full.len() * self.config.block_size
+                || whole - found.full.len() + usize::from(part_idle) > left
+            {
+                found.part = None; // more is kept, or its block would be held for a step: do without
             }
             if whole - found.full.len() > left {
                 break; // the first in the order is not passed by a smaller one behind it
             }
             let part_tokens = found.part.map_or(0, |(_, tokens)| tokens);
             let reused = found.full.len() * self.config.block_size + part_tokens;
-            self.requests.computed[key] = reused as u32;
+            let begun = reused.max(kept_rows);
+            self.requests.computed[key] = begun as u32;
             let Some(tokens) = self.allowed(key, budget) else {
                 self.requests.computed[key] = 0;
                 break;
             };
-            self.waiting.remove(&self.config, &self.requests, key);
+            self.waiting.admit(&self.config, &mut self.requests, &self.pool, key);
             self.requests.phase[key] = Phase::Running;
             self.enter_running(key);
             let table = &mut self.requests.tables[key];
@@ -112,14 +115,23 @@ impl Scheduler {
             if let Some((part, _)) = found.part {
                 self.pool.acquire(&[part], &mut self.flight.held);
             }
-            let grown = self.pool.grow(table, self.config.blocks_for(reused + tokens) - table.len());
+            let grown = self.pool.grow(table, self.config.blocks_for(begun + tokens) - table.len());
             debug_assert!(grown, "free blocks were counted");
             if let Some((part, _)) = found.part {
                 step.copies.push([part as i32, table.blocks()[found.full.len()] as i32]);
                 self.flight.copied.push(key as u32);
             }
+            if begun > reused {
+                self.flight.swapped_in.push(key as u32);
+                self.flight.copied.push(key as u32);
+            } else {
+                self.forget_kept(key);
+            }
+            self.charge(key, begun, known);
             self.take(key, tokens, budget);
-            self.requests.terms_mut(key).reused = reused as u32;
+            let terms = self.requests.terms_mut(key);
+            (terms.reused, terms.restored) = (reused as u32, (begun - reused) as u32);
+            self.counts.restored_tokens += (begun - reused) as u64;
             self.counts.queried_tokens += known as u64;
             self.counts.cached_tokens += reused as u64;
         }
@@ -168,25 +180,39 @@ impl Scheduler {
         self.requests.planned[key] = tokens as u32;
         self.flight.keys.push(key as u32);
         budget.tokens -= tokens;
-        if budget.cost != f64::INFINITY || self.config.policy == super::Policy::Fair {
-            let cost = self.config.cost(start, tokens);
-            budget.cost = (budget.cost - cost).max(0.0);
-            let tenant = self.requests.terms(key).tenant;
-            self.tenants.charge(tenant, cost);
+        if budget.cost != f64::INFINITY {
+            budget.cost = (budget.cost - self.config.cost(start, tokens)).max(0.0);
+        }
+        self.charge(key, start, start + tokens);
+    }
+
+    /// Charges a request's tenant for its tokens from `start` to `end`, for each place once: not again when a preemption has it computed
+    /// anew.
+    fn charge(&mut self, key: usize, start: usize, end: usize) {
+        let start = start.max(self.requests.charged[key] as usize);
+        if self.config.policy == Policy::Fair && end > start {
+            self.requests.charged[key] = end as u32;
+            self.tenants.charge(self.requests.terms(key).tenant, self.config.cost(start, end - start));
         }
     }
 
-    /// Takes a running request's blocks and lets it wait; its name.
-    pub(super) fn preempt(&mut self, key: usize) -> Arc<str> {
+    /// Takes a running request's blocks and lets it wait.
+    pub(super) fn preempt(&mut self, key: usize, step: &mut Step) {
         self.requests.drop_drafts(key);
         self.leave_running(key);
+        let swapped = self.swap_out(key, step);
         self.release_blocks(key);
         self.requests.phase[key] = Phase::Waiting;
         self.waiting.insert(&self.config, &self.requests, key);
         self.counts.preemptions += 1;
         let terms = self.requests.terms_mut(key);
         terms.preemptions += 1;
-        terms.id.clone()
+        step.preempted.push(terms.id.clone());
+        if swapped {
+            terms.swaps += 1;
+            step.swapped.push(terms.id.clone());
+            self.counts.swaps += 1;
+        }
     }
 
     /// Writes the plan out as flat arrays.

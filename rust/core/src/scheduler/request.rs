@@ -86,6 +86,8 @@ pub(super) struct Rank {
 
 impl Rank {
     pub const FIRST: Self = Self { key: i128::MIN, arrival: 0, fork: 0 };
+    /// Under "deadline", before all that have none.
+    pub const WITHOUT_DEADLINE: Self = Self { key: i128::MAX, ..Self::FIRST };
 }
 
 /// Where a request is in its life.
@@ -118,8 +120,12 @@ pub(super) struct Terms {
     /// Step of its arrival.
     pub since: u64,
     pub preemptions: u32,
+    /// How many of these its rows were kept over.
+    pub swaps: u32,
     /// Tokens whose rows it found in the cache when it last began to run.
     pub reused: u32,
+    /// Tokens behind those whose rows had been kept for it then.
+    pub restored: u32,
     /// Tokens that its longest cached prefix had, and the prefix index' epoch then.
     pub matched: Option<(u64, u32)>,
 }
@@ -142,6 +148,10 @@ pub(super) struct Requests {
     pub tables: Vec<BlockTable>,
     /// Blocks at the start of the table that were offered to the prefix index.
     pub offered: Vec<u32>,
+    /// Tokens that its tenant was charged for: those before this place.
+    pub charged: Vec<u32>,
+    /// Latent rows fetched from the host tier for it.
+    pub fetched: Vec<u64>,
     pub terms: Vec<Option<Terms>>,
     pub free_keys: Vec<u32>,
 }
@@ -162,6 +172,8 @@ impl Requests {
             self.max_len.push(max_len);
             self.tables.push(BlockTable::default());
             self.offered.push(0);
+            self.fetched.push(0);
+            self.charged.push(0);
             self.terms.push(Some(terms));
             return self.phase.len() - 1;
         };
@@ -172,8 +184,15 @@ impl Requests {
         self.tokens[key] = tokens;
         self.len[key] = len;
         self.max_len[key] = max_len;
+        (self.fetched[key], self.charged[key]) = (0, 0);
         self.terms[key] = Some(terms);
         key
+    }
+
+    /// Takes memory for the blocks that a request will have, so that no later step does.
+    pub fn reserve_table(&mut self, key: usize, config: &SchedulerConfig) {
+        let most = self.max_len[key].min(self.len[key].saturating_add(MOST_RESERVED));
+        self.tables[key].reserve(config.blocks_for(most as usize));
     }
 
     /// Frees a key whose table is empty.

@@ -12,7 +12,7 @@ use super::tier::Tier;
 use super::waiting::Waiting;
 use super::{Policy, SchedulerConfig, SchedulerError};
 use crate::cache::eviction::Evictor;
-use crate::cache::snapshot::{self, Part, PartMut, SnapshotError};
+use crate::cache::snapshot::{self, Part, SnapshotError};
 use crate::cache::{
     BlockHasher, BlockPool, CacheEvent, Found, MOST_BLOCK_TOKENS, MOST_EXPECTED, Namespace, PUBLIC,
     PrefixIndex,
@@ -87,7 +87,13 @@ impl Scheduler {
     }
 
     /// Whether a prompt of this many tokens can be served; to be asked before a long one is copied.
-    pub fn check_prompt_len(&self, len: usize) -> Result<(), SchedulerError> {
+    pub fn check_prompt_len(&mut self, len: usize) -> Result<(), SchedulerError> {
+        let checked = self.prompt_len_fits(len);
+        self.counts.refused_invalid += u64::from(checked.is_err());
+        checked
+    }
+
+    fn prompt_len_fits(&self, len: usize) -> Result<(), SchedulerError> {
         if len == 0 {
             return Err(SchedulerError::EmptyPrompt);
         }
@@ -103,8 +109,20 @@ impl Scheduler {
 
     /// Queues a request.
     pub fn add(&mut self, new: NewRequest) -> Result<(), SchedulerError> {
+        let checked = self.check_new(&new);
+        match checked {
+            Ok(()) => self.queue(new),
+            Err(SchedulerError::QueueFull(_) | SchedulerError::QueueFullOfTokens { .. }) => {
+                self.counts.refused_full += 1;
+            }
+            Err(_) => self.counts.refused_invalid += 1,
+        }
+        checked
+    }
+
+    fn check_new(&self, new: &NewRequest) -> Result<(), SchedulerError> {
         let len = new.token_ids.len();
-        self.check_prompt_len(len)?;
+        self.prompt_len_fits(len)?;
         for (name, ids) in [("token_ids", &new.token_ids), ("stop_token_ids", &new.stop_token_ids)] {
             check_ids(name, ids)?;
         }
@@ -139,6 +157,11 @@ impl Scheduler {
         {
             return Err(SchedulerError::QueueFullOfTokens { waiting: self.waiting.tokens(), len, most });
         }
+        Ok(())
+    }
+
+    fn queue(&mut self, new: NewRequest) {
+        let len = new.token_ids.len();
         let rank = Rank { key: self.rank_key(&new), arrival: self.arrivals, fork: 0 };
         self.arrivals += 1;
         let space = match (&new.cache_salt, self.pool.index()) {
@@ -157,7 +180,9 @@ impl Scheduler {
             forks: (1..).zip(new.fork_ids.iter().cloned()).collect(),
             since: self.pool.clock,
             preemptions: 0,
+            swaps: 0,
             reused: 0,
+            restored: 0,
             matched: None,
         };
         let max_len = self.config.max_len().min(len.saturating_add(new.max_tokens)).max(len) as u32;
@@ -166,7 +191,6 @@ impl Scheduler {
         self.names.extend(new.fork_ids.into_iter().map(|id| (id, key as u32)));
         self.flight.names_changed();
         self.waiting.insert(&self.config, &self.requests, key);
-        Ok(())
     }
 
     /// Begins another request where one is: the same tokens, sharing the blocks of all rows that are computed.
@@ -302,11 +326,10 @@ impl Scheduler {
     }
 
     /// Writes the prefix cache to a file, rows included; how many blocks. Each part is the memory of one cache; `model` says what the rows are of.
-    pub fn snapshot(&self, path: &Path, model: &str, parts: &[Part]) -> Result<usize, SnapshotError> {
-        if self.tier.is_some() {
-            return Err(SnapshotError::HostTier);
-        }
-        snapshot::write(&self.pool, path, model, parts)
+    pub fn snapshot(&self, path: &Path, model: &str, parts: &[Part<&[u8]>]) -> Result<usize, SnapshotError> {
+        let sizes = (self.config.num_latent_blocks.unwrap_or(0), self.config.host_blocks());
+        let tier = self.tier.as_ref().map(|tier| (sizes.0, sizes.1, &tier.residencies));
+        snapshot::write(&self.pool, tier, path, model, parts)
     }
 
     /// Fills the empty prefix cache from a file, rows included; how many blocks. A file that is damaged or of something else is
@@ -315,12 +338,12 @@ impl Scheduler {
         &mut self,
         path: &Path,
         model: &str,
-        parts: &mut [PartMut],
+        parts: &mut [Part<&mut [u8]>],
     ) -> Result<usize, SnapshotError> {
-        if self.tier.is_some() {
-            return Err(SnapshotError::HostTier);
-        }
-        snapshot::read(&mut self.pool, path, model, parts)
+        self.forget_freed();
+        let sizes = (self.config.num_latent_blocks.unwrap_or(0), self.config.host_blocks());
+        let tier = self.tier.as_mut().map(|tier| (sizes.0, sizes.1, &mut tier.residencies));
+        snapshot::read(&mut self.pool, tier, path, model, parts)
     }
 
     pub(super) fn named(&self, id: &str) -> Result<usize, SchedulerError> {
@@ -348,6 +371,7 @@ impl Scheduler {
         self.tenants.enter_fork(terms.tenant);
         let id = terms.id.clone();
         let fork = self.requests.insert(rank, tokens, max_len, terms);
+        self.requests.charged[fork] = self.requests.charged[key];
         self.names.insert(id, fork as u32);
         self.flight.names_changed();
         if self.requests.phase[key] == Phase::Running {
@@ -375,6 +399,7 @@ impl Scheduler {
 
     /// Adds a key to those that run.
     pub(super) fn enter_running(&mut self, key: usize) {
+        self.requests.reserve_table(key, &self.config);
         let place = self.place_in_running(key);
         self.running.insert(place, key as u32);
         self.kept_seats += self.requests.terms(key).forks.len();
@@ -416,6 +441,7 @@ impl Scheduler {
     /// Ends a request's life: its blocks and its key are free.
     pub(super) fn forget(&mut self, key: usize) -> Terms {
         self.release_blocks(key);
+        self.forget_kept(key);
         let terms = self.requests.remove(key);
         self.tenants.leave(terms.tenant);
         terms

@@ -8,6 +8,10 @@ pub(super) struct Counts {
     pub steps: u64,
     pub scheduled_tokens: u64,
     pub preemptions: u64,
+    pub refused_full: u64,
+    pub refused_invalid: u64,
+    pub swaps: u64,
+    pub restored_tokens: u64,
     pub finished: u64,
     pub aborted: u64,
     pub expired: u64,
@@ -60,6 +64,18 @@ stats! {
     scheduled_tokens: u64,
     /// Preemptions so far.
     preemptions: u64,
+    /// How many of these the rows were kept over.
+    swaps: u64,
+    /// Tokens whose rows had been kept for requests when they began to run again.
+    restored_tokens: u64,
+    /// Blocks that the host tier keeps for preempted requests at most.
+    swap_blocks: usize,
+    /// How many of these nobody has.
+    free_swap_blocks: usize,
+    /// Requests refused because too many waited, or too many tokens.
+    refused_full: u64,
+    /// Requests refused because no scheduler like this one could serve them, or because an argument was wrong.
+    refused_invalid: u64,
     /// Requests that ended by themselves so far.
     finished: u64,
     /// Requests aborted so far.
@@ -107,6 +123,7 @@ impl Scheduler {
     pub fn stats(&self) -> Stats {
         let (counts, pool) = (&self.counts, self.pool.counts());
         let pages = self.tier.as_ref().map(|tier| &tier.residencies);
+        let swap = self.tier.as_ref().map(|tier| &tier.swap);
         let hot = self.tier.as_ref().map(|tier| &tier.hot_rows);
         let moves = pages.map_or(Default::default(), |pages| pages.counts());
         Stats {
@@ -122,6 +139,12 @@ impl Scheduler {
             steps: counts.steps,
             scheduled_tokens: counts.scheduled_tokens,
             preemptions: counts.preemptions,
+            refused_full: counts.refused_full,
+            refused_invalid: counts.refused_invalid,
+            swaps: counts.swaps,
+            restored_tokens: counts.restored_tokens,
+            swap_blocks: swap.map_or(0, |swap| swap.total()),
+            free_swap_blocks: swap.map_or(0, |swap| swap.free()),
             finished: counts.finished,
             aborted: counts.aborted,
             expired: counts.expired,

@@ -36,6 +36,11 @@ pub struct Step {
     pub sample_branch: Vec<i32>,
     /// [c, 2] blocks (source, target) to copy in every cache before anything is written.
     pub copies: Vec<[i32; 2]>,
+    /// [o, 2] with a host tier: (block, place) of index keys, and of a draft model's rows, to copy out to the places that are kept for
+    /// preempted requests: before everything else of the step.
+    pub swap_outs: Vec<[i32; 2]>,
+    /// [i, 2] (place, block) of those to copy back in, after `swap_outs` and before `copies`.
+    pub swap_ins: Vec<[i32; 2]>,
     /// With a host tier: latent rows to move between the device and the host. All of it comes before the step's tokens are computed:
     /// the stores, then the loads, then the copies, which are those of the latent caches in place of `copies`.
     pub moves: Moves,
@@ -43,8 +48,10 @@ pub struct Step {
     pub latent_slot_mapping: Vec<i64>,
     /// With a host tier: [B, M] pages of each request's latent rows, -1 where they are in the host tier alone.
     pub latent_tables: Vec<i32>,
-    /// Names of requests that gave their blocks away for this step and will be computed anew.
+    /// Names of requests that gave their blocks away for this step.
     pub preempted: Vec<Arc<str>>,
+    /// Those of them whose rows are kept; the others will be computed anew.
+    pub swapped: Vec<Arc<str>>,
 }
 
 impl Step {
@@ -73,9 +80,12 @@ impl Step {
         self.sample_request.clear();
         self.sample_branch.clear();
         self.copies.clear();
+        self.swap_outs.clear();
+        self.swap_ins.clear();
         self.moves.clear();
         self.latent_slot_mapping.clear();
         self.latent_tables.clear();
         self.preempted.clear();
+        self.swapped.clear();
     }
 }

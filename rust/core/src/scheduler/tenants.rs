@@ -1,9 +1,11 @@
 //! What each tenant got, for the policy "fair".
 //!
 //! Each tenant has a counter of the cost of its tokens over its weight; who waits is admitted from the tenant with the lowest one.
-//! A tenant that comes back does not bring saved time: its counter is lifted to the lowest of those that are there. Between two
-//! tenants that both wait, counters never differ by more than what one of them can have running at once: none of it was admitted
-//! while its counter was above the other's.
+//! A prompt is charged whole when it is admitted, less what is reused, and each generated token when it is computed; a token that a
+//! preemption has computed again is not charged again. A tenant that comes back does not bring saved time: its counter is lifted to
+//! the lowest of those that are there. Between two tenants that both wait, counters never differ by more than one prompt and the
+//! answers of what one of them can have running at once, over its weight: none of that was admitted while its counter was above the
+//! other's.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -119,5 +121,91 @@ impl Tenants {
 
     fn get(&mut self, number: u32) -> &mut Tenant {
         self.tenants[number as usize].as_mut().expect("tenants of requests are there")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn enter(tenants: &mut Tenants, name: &str, weight: f64) -> u32 {
+        tenants.enter(&name.into(), weight)
+    }
+
+    #[test]
+    fn cost_counts_over_the_weight() {
+        let mut tenants = Tenants::default();
+        let (a, b) = (enter(&mut tenants, "a", 1.0), enter(&mut tenants, "b", 4.0));
+        tenants.charge(a, 8.0);
+        tenants.charge(b, 8.0);
+        assert_eq!((tenants.counter(a), tenants.counter(b)), (8.0, 2.0));
+        // A new weight counts from now on.
+        assert_eq!(enter(&mut tenants, "b", 1.0), b);
+        tenants.charge(b, 8.0);
+        assert_eq!((tenants.counter(b), &**tenants.name(b)), (10.0, "b"));
+    }
+
+    #[test]
+    fn who_was_away_brings_no_saved_time() {
+        let mut tenants = Tenants::default();
+        let (a, b) = (enter(&mut tenants, "a", 1.0), enter(&mut tenants, "b", 1.0));
+        tenants.charge(a, 3.0);
+        tenants.leave(a);
+        tenants.charge(b, 50.0);
+        assert_eq!(enter(&mut tenants, "a", 1.0), a);
+        assert_eq!(tenants.counter(a), 50.0);
+        // Nor does it lose what it owes.
+        tenants.charge(a, 100.0);
+        tenants.leave(a);
+        enter(&mut tenants, "a", 1.0);
+        assert_eq!(tenants.counter(a), 150.0);
+        let newcomer = enter(&mut tenants, "c", 1.0);
+        assert_eq!(tenants.counter(newcomer), 50.0);
+    }
+
+    #[test]
+    fn when_nobody_was_there_the_next_goes_on_where_the_last_stopped() {
+        let mut tenants = Tenants::default();
+        let a = enter(&mut tenants, "a", 1.0);
+        tenants.charge(a, 9.0);
+        tenants.leave(a);
+        let b = enter(&mut tenants, "b", 1.0);
+        assert_eq!(tenants.counter(b), 9.0);
+    }
+
+    #[test]
+    fn a_fork_is_a_request_of_its_tenant() {
+        let mut tenants = Tenants::default();
+        let a = enter(&mut tenants, "a", 1.0);
+        tenants.enter_fork(a);
+        tenants.leave(a);
+        let b = enter(&mut tenants, "b", 1.0);
+        tenants.charge(b, 5.0);
+        // It is there still, so its counter is the lowest.
+        let c = enter(&mut tenants, "c", 1.0);
+        assert_eq!(tenants.counter(c), tenants.counter(a));
+    }
+
+    #[test]
+    fn tenants_that_want_nothing_are_forgotten_when_they_are_many() {
+        let mut tenants = Tenants::default();
+        let debtor = enter(&mut tenants, "debtor", 1.0);
+        let stays = enter(&mut tenants, "stays", 1.0);
+        tenants.charge(debtor, 1e6);
+        tenants.leave(debtor);
+        for number in 0..5 * MOST_IDLE {
+            let guest = enter(&mut tenants, &format!("guest {number}"), 1.0);
+            tenants.leave(guest);
+        }
+        assert!(tenants.tenants.len() <= MOST_IDLE + 3, "{}", tenants.tenants.len());
+        assert_eq!(tenants.names_of(debtor), Some("debtor"), "it got more than those that are there");
+        assert_eq!(tenants.counter(stays), 0.0);
+        assert_eq!(tenants.numbers.len(), tenants.tenants.iter().flatten().count());
+    }
+
+    impl Tenants {
+        fn names_of(&self, number: u32) -> Option<&str> {
+            self.tenants[number as usize].as_ref().map(|tenant| &*tenant.name)
+        }
     }
 }

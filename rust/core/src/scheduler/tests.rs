@@ -305,8 +305,10 @@ fn a_refused_request_leaves_no_trace() {
         ),
     ] {
         assert_eq!(s.add(new).unwrap_err().to_string(), message);
-        assert_eq!((s.stats(), s.check_invariants()), (before, Ok(())));
+        let stats = Stats { refused_full: 0, refused_invalid: 0, ..s.stats() };
+        assert_eq!((stats, s.check_invariants()), (before, Ok(())));
     }
+    assert_eq!((s.stats().refused_full, s.stats().refused_invalid), (1, 7));
     assert_eq!(run(&mut s).1.len(), 1);
 }
 

@@ -17,6 +17,8 @@ pub(super) struct Waiting {
     queue: BTreeMap<(u32, Rank), u32>,
     /// Their tokens.
     tokens: usize,
+    /// Under "deadline": whether the last that was admitted was so for its age.
+    aged_last: bool,
 }
 
 impl Waiting {
@@ -59,11 +61,18 @@ impl Waiting {
         found: &mut Found,
     ) -> Option<usize> {
         match config.policy {
-            Policy::Fcfs | Policy::Priority | Policy::Deadline => self.keys().next(),
+            Policy::Fcfs | Policy::Priority => self.keys().next(),
+            Policy::Deadline => {
+                let mut without =
+                    self.queue.range((0, Rank::WITHOUT_DEADLINE)..).map(|(_, &key)| key as usize);
+                let oldest =
+                    without.next().filter(|&key| !self.aged_last && is_aged(config, requests, pool, key));
+                oldest.or_else(|| self.keys().next())
+            }
             Policy::Fair => self.first_of_the_poorest(tenants),
             Policy::LongestPrefix => {
                 let oldest = self.keys().next()?;
-                if pool.clock >= requests.terms(oldest).since + config.ageing_steps as u64 {
+                if is_aged(config, requests, pool, oldest) {
                     return Some(oldest);
                 }
                 let mut best = (oldest, matched(requests, pool, found, oldest));
@@ -74,6 +83,18 @@ impl Waiting {
                     }
                 }
                 Some(best.0)
+            }
+        }
+    }
+
+    /// Takes out a request that begins to run. Under "deadline", one without a deadline that has waited for long goes before all
+    /// others from now on; at most every second is admitted so.
+    pub fn admit(&mut self, config: &SchedulerConfig, requests: &mut Requests, pool: &BlockPool, key: usize) {
+        self.remove(config, requests, key);
+        if config.policy == Policy::Deadline {
+            self.aged_last = requests.terms(key).deadline.is_none() && is_aged(config, requests, pool, key);
+            if self.aged_last {
+                requests.rank[key].key = i128::MIN;
             }
         }
     }
@@ -91,6 +112,10 @@ impl Waiting {
         }
         best.map(|(_, _, key)| key)
     }
+}
+
+fn is_aged(config: &SchedulerConfig, requests: &Requests, pool: &BlockPool, key: usize) -> bool {
+    pool.clock >= requests.terms(key).since + config.ageing_steps as u64
 }
 
 /// Tokens of a waiting request that are cached.

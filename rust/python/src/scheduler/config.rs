@@ -17,7 +17,8 @@ use crate::errors;
 ///     max_num_seqs: requests running at the same time at most.
 ///     policy: which request goes first: "fcfs" (in order of arrival), "priority" (lower numbers first; each ageing_steps of
 ///         waiting make up for one), "longest_prefix" (most tokens cached; after ageing_steps in order of arrival), "fair" (of
-///         the tenant that got the least for its weight) or "deadline" (the earliest).
+///         the tenant that got the least for its weight) or "deadline" (the earliest; of those without one, who has waited for
+///         ageing_steps goes first at every second admission).
 ///     max_waiting: requests waiting at most; None sets no limit.
 ///     watermark: share of the blocks left free when a request is admitted beside others; in [0, 1).
 ///     max_model_len: longest prompt and output together; None leaves the pool's size as the limit.
@@ -31,6 +32,11 @@ use crate::errors;
 ///     num_latent_blocks: device pages for latent rows. With fewer than num_blocks, the latent rows of the others are in a host tier
 ///         (index keys stay on the device), see Step.stores and plan_fetch(). None means one for each block, and no tier.
 ///     hot_rows: rows fetched from the host tier that the device keeps, for each layer.
+///     preemption: what becomes of the computed rows of a request that gives its blocks away: "recompute" (they are computed anew),
+///         "swap" (the host tier keeps them as long as there is room) or "auto" (whichever costs less for that request).
+///     num_swap_blocks: blocks of preempted requests that the host tier keeps, beside those of the pool; see Step.swap_outs. None means
+///         a quarter of num_blocks with a host tier (0 with "recompute") and 0 without one.
+///     swap_cost: cost of moving a token's index keys to the host and back, where computing it at position 0 costs 1; for "auto".
 ///     num_speculative_tokens: draft tokens of a request in one step at most.
 ///     context_cost: a token at position p costs 1 + context_cost * p.
 ///     max_batched_cost: cost of a step at most; None lets tokens alone count.
@@ -50,8 +56,8 @@ impl SchedulerConfig {
     #[pyo3(signature = (num_blocks, block_size=64, max_batched_tokens=8192, max_num_seqs=256, policy="fcfs",
                         max_waiting=None, watermark=0.01, max_model_len=None, *, max_waiting_tokens=None,
                         enable_prefix_caching=true, eviction="reuse", hash_seed=None, enable_events=false,
-                        num_draft_blocks=None, num_latent_blocks=None, hot_rows=0, num_speculative_tokens=0, context_cost=0.0, max_batched_cost=None,
-                        ageing_steps=1024))]
+                        num_draft_blocks=None, num_latent_blocks=None, hot_rows=0, preemption="auto", num_swap_blocks=None, swap_cost=0.05,
+                        num_speculative_tokens=0, context_cost=0.0, max_batched_cost=None, ageing_steps=1024))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         #[pyo3(from_py_with = readers::num_blocks)] num_blocks: usize,
@@ -70,12 +76,20 @@ impl SchedulerConfig {
         #[pyo3(from_py_with = readers::num_draft_blocks)] num_draft_blocks: Option<usize>,
         #[pyo3(from_py_with = readers::num_latent_blocks)] num_latent_blocks: Option<usize>,
         #[pyo3(from_py_with = readers::hot_rows)] hot_rows: usize,
+        #[pyo3(from_py_with = readers::preemption)] preemption: &str,
+        #[pyo3(from_py_with = readers::num_swap_blocks)] num_swap_blocks: Option<usize>,
+        #[pyo3(from_py_with = readers::swap_cost)] swap_cost: f64,
         #[pyo3(from_py_with = readers::num_speculative_tokens)] num_speculative_tokens: usize,
         #[pyo3(from_py_with = readers::context_cost)] context_cost: f64,
         #[pyo3(from_py_with = readers::max_batched_cost)] max_batched_cost: Option<f64>,
         #[pyo3(from_py_with = readers::ageing_steps)] ageing_steps: usize,
     ) -> PyResult<Self> {
         let policy = core::Policy::parse(policy).ok_or_else(|| unknown_policy(policy))?;
+        let names = core::Preemption::ALL.map(core::Preemption::as_str);
+        let preemption = core::Preemption::parse(preemption).ok_or_else(|| {
+            let names = names.join(", ");
+            PyValueError::new_err(format!("preemption: expected one of {names}, got {preemption:?}"))
+        })?;
         let limits = core::SchedulerConfig {
             num_blocks,
             block_size,
@@ -93,6 +107,9 @@ impl SchedulerConfig {
             num_draft_blocks,
             num_latent_blocks,
             hot_rows,
+            preemption,
+            num_swap_blocks,
+            swap_cost,
             num_speculative_tokens,
             context_cost,
             max_batched_cost,
@@ -183,6 +200,34 @@ impl SchedulerConfig {
     }
 
     #[getter]
+    fn preemption(&self) -> &'static str {
+        self.limits.preemption.as_str()
+    }
+
+    /// As it was given; `swap_blocks` is what it means.
+    #[getter]
+    fn num_swap_blocks(&self) -> Option<usize> {
+        self.limits.num_swap_blocks
+    }
+
+    #[getter]
+    fn swap_cost(&self) -> f64 {
+        self.limits.swap_cost
+    }
+
+    /// Places for index keys, and a draft model's rows, of preempted requests in the host tier: Step.swap_outs and swap_ins.
+    #[getter]
+    fn swap_blocks(&self) -> usize {
+        self.limits.swap_blocks()
+    }
+
+    /// Places for latent rows of a block in the host tier: Step.stores and loads, and plan_fetch(). 0 without a host tier.
+    #[getter]
+    fn host_blocks(&self) -> usize {
+        self.limits.host_blocks()
+    }
+
+    #[getter]
     fn num_speculative_tokens(&self) -> usize {
         self.limits.num_speculative_tokens
     }
@@ -220,6 +265,9 @@ impl SchedulerConfig {
             "num_draft_blocks",
             "num_latent_blocks",
             "hot_rows",
+            "preemption",
+            "num_swap_blocks",
+            "swap_cost",
             "num_speculative_tokens",
             "context_cost",
             "max_batched_cost",

@@ -6,6 +6,7 @@ use numpy::{
 };
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyTuple};
 
 use crate::arguments::{
     count, described, integer, number, optional_count, optional_number, optional_text, text,
@@ -24,11 +25,11 @@ readers! {
     count -> usize: num_blocks, block_size, max_batched_tokens, max_num_seqs, max_tokens, num_speculative_tokens,
         ageing_steps, shared_prefix_len, hot_rows, layer;
     optional_count -> Option<usize>: max_waiting, max_model_len, max_waiting_tokens, hash_seed, num_draft_blocks,
-        num_latent_blocks;
+        num_latent_blocks, num_swap_blocks;
     integer -> i64: priority;
-    number -> f64: watermark, context_cost, weight, now;
+    number -> f64: watermark, swap_cost, context_cost, weight, now;
     optional_number -> Option<f64>: max_batched_cost, deadline;
-    text -> &'a str: request_id, new_request_id, policy, eviction, tenant;
+    text -> &'a str: request_id, new_request_id, policy, preemption, eviction, tenant;
     optional_text -> Option<&'a str>: cache_salt;
 }
 
@@ -106,7 +107,22 @@ pub fn slots<'py>(values: &Bound<'py, PyAny>) -> PyResult<PyReadonlyArrayDyn<'py
     Ok(array)
 }
 
-/// A cache's memory: uint8 [num_blocks, bytes of a block].
+/// A cache's memory: uint8 [num_blocks, bytes of a block]; of a latent cache with a host tier, that of the pages and of the host.
+pub fn parts<'py, A>(
+    values: &Bound<'py, PyDict>,
+    read: impl Fn(&Bound<'py, PyAny>) -> PyResult<A>,
+) -> PyResult<Vec<(String, A, Option<A>)>> {
+    let one = |(name, value): (Bound<'py, PyAny>, Bound<'py, PyAny>)| {
+        let (bytes, host) = match value.extract::<(Bound<'py, PyAny>, Bound<'py, PyAny>)>() {
+            Ok((pages, host)) if value.is_instance_of::<PyTuple>() => (read(&pages)?, Some(read(&host)?)),
+            _ => (read(&value)?, None),
+        };
+        Ok((text("parts", &name)?.to_string(), bytes, host))
+    };
+    values.iter().map(one).collect()
+}
+
+/// One array of a cache's memory.
 pub fn part<'py>(values: &Bound<'py, PyAny>) -> PyResult<PyReadonlyArray2<'py, u8>> {
     match values.extract::<PyReadonlyArray2<'py, u8>>() {
         Ok(array) if array.as_slice().is_ok() => Ok(array),
@@ -124,7 +140,7 @@ pub fn part_mut<'py>(values: &Bound<'py, PyAny>) -> PyResult<PyReadwriteArray2<'
 
 fn no_part(values: &Bound<'_, PyAny>) -> PyErr {
     PyValueError::new_err(format!(
-        "parts: expected contiguous uint8 arrays [num_blocks, bytes of a block], got {}",
+        "parts: expected contiguous uint8 arrays [num_blocks, bytes of a block] (of a latent cache with a host tier: a pair), got {}",
         described(values)
     ))
 }

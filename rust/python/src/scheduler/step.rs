@@ -91,10 +91,17 @@ pub struct Step {
     /// int32 [c, 2] blocks (source, target) to copy in every cache before the step's tokens are computed.
     #[pyo3(get)]
     copies: Py<PyArray2<i32>>,
-    /// int32 [s, 2] with a host tier: (latent page, block of the host tier) to store, before everything else of the step.
+    /// int32 [o, 2] with a host tier: (block, place) of the index keys, and of a draft model's rows, to copy out for preempted requests,
+    /// before everything else of the step; there are SchedulerConfig.swap_blocks places.
+    #[pyo3(get)]
+    swap_outs: Py<PyArray2<i32>>,
+    /// int32 [i, 2] (place, block) of those to copy back in, after swap_outs and before copies.
+    #[pyo3(get)]
+    swap_ins: Py<PyArray2<i32>>,
+    /// int32 [s, 2] with a host tier: (latent page, place in the host tier) to store, before everything else of the step.
     #[pyo3(get)]
     stores: Py<PyArray2<i32>>,
-    /// int32 [l, 2] with a host tier: (block of the host tier, latent page) to load, after the stores.
+    /// int32 [l, 2] with a host tier: (place in the host tier, latent page) to load, after the stores.
     #[pyo3(get)]
     loads: Py<PyArray2<i32>>,
     /// int32 [c, 2] latent pages (source, target) to copy, after the loads; without a host tier these are `copies`.
@@ -109,6 +116,7 @@ pub struct Step {
     latent_tables: Py<PyArray2<i32>>,
     request_ids: PyOnceLock<Py<PyList>>,
     preempted: PyOnceLock<Py<PyList>>,
+    swapped: PyOnceLock<Py<PyList>>,
 }
 
 impl Step {
@@ -143,12 +151,15 @@ impl Step {
             sample_rows: row(&step.sample_rows),
             sample_request: row(&step.sample_request),
             sample_branch: row(&step.sample_branch),
+            swap_outs: pairs(&step.swap_outs),
+            swap_ins: pairs(&step.swap_ins),
             stores: pairs(&step.moves.stores),
             loads: pairs(&step.moves.loads),
             latent_copies: if tiered { pairs(&step.moves.copies) } else { copies.clone_ref(py) },
             copies,
             request_ids: PyOnceLock::new(),
             preempted: PyOnceLock::new(),
+            swapped: PyOnceLock::new(),
             buffers: buffers.unbind(),
         })
     }
@@ -162,7 +173,13 @@ impl Step {
         list(py, &self.request_ids, &self.buffers.get().step.request_ids)
     }
 
-    /// Names of requests that gave their blocks away for this step and will be computed anew.
+    /// Those of the preempted requests whose rows are kept; the others will be computed anew.
+    #[getter]
+    fn swapped(&self, py: Python<'_>) -> PyResult<Py<PyList>> {
+        list(py, &self.swapped, &self.buffers.get().step.swapped)
+    }
+
+    /// Names of requests that gave their blocks away for this step.
     #[getter]
     fn preempted(&self, py: Python<'_>) -> PyResult<Py<PyList>> {
         list(py, &self.preempted, &self.buffers.get().step.preempted)

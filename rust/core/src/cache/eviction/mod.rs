@@ -8,6 +8,7 @@
 
 mod ghosts;
 mod list;
+mod ranking;
 mod reuse;
 #[cfg(test)]
 mod tests;
@@ -17,6 +18,7 @@ use std::str::FromStr;
 use self::ghosts::Ghost;
 use self::list::List;
 use self::reuse::{Class, Reuse};
+use super::prefix_index::MOST_EXPECTED;
 
 /// How a victim is chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -99,8 +101,8 @@ impl Evictor {
     pub fn new(policy: EvictionPolicy, num_blocks: u32) -> Self {
         let reuse = (policy == EvictionPolicy::Reuse).then(|| Reuse::new(num_blocks));
         Self {
-            entries: Vec::new(),
-            lists: vec![List::EMPTY; if reuse.is_some() { Reuse::LISTS } else { 1 }],
+            entries: Vec::with_capacity(MOST_EXPECTED.min(num_blocks as usize)),
+            lists: vec![List::EMPTY; if reuse.is_some() { ranking::LISTS } else { 1 }],
             reuse,
             cached: 0,
             pinned: 0,

@@ -11,9 +11,10 @@
 //! about to come back; and where one class returns more often than another, it is kept longer.
 
 use super::ghosts::{Ghost, Ghosts};
+use super::ranking::{Counts, NextRanking, Ranking, STAGES};
 
 /// Ages told apart; older blocks go first.
-const AGES: usize = 64;
+pub const AGES: usize = 64;
 
 /// Epochs in the time in which as many blocks are used as the pool has.
 const EPOCHS_PER_POOL: u32 = 8;
@@ -27,23 +28,14 @@ const OUTPUTS: usize = 7;
 /// New and continuing nothing, new and continuing something known, used before.
 const KINDS: usize = 3;
 
-const CLASSES: usize = KINDS * OUTPUTS;
+/// Classes of blocks.
+pub const CLASSES: usize = KINDS * OUTPUTS;
 
 /// The list of blocks older than any age that is told apart.
-const OLDEST: usize = CLASSES * AGES;
+pub const OLDEST: usize = CLASSES * AGES;
 
 /// What the tables keep from one epoch to the next: traffic changes.
 const MEMORY: f32 = 0.998;
-
-/// Blocks' worth of evidence that the hazard of all classes together counts for in each class, and a prior in that of all.
-const PRIOR: f32 = 50.0;
-
-/// Hazard at age 0 before anything is known. With a prior that falls with age, a cache that has learned nothing is least recently
-/// used.
-const PRIOR_HAZARD: f32 = 0.02;
-
-/// A hazard is taken over the ages around it, this share of them to each side.
-const SMOOTHING: f32 = 0.3;
 
 /// What is known of a block when it is given up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -63,7 +55,8 @@ impl Class {
     }
 }
 
-type Table = Vec<[f32; AGES]>;
+/// A number for each class and age.
+pub type Table = Vec<[f32; AGES]>;
 
 /// Life tables, and the lists of blocks in the order of their worth.
 #[derive(Debug)]
@@ -76,37 +69,32 @@ pub struct Reuse {
     /// Blocks that reached an age, and those used again at it.
     reached: Table,
     used: Table,
-    /// The lists from the least worth on, and where each stands among them.
-    order: Vec<u16>,
-    rank: Vec<u16>,
-    /// All lists before this rank are empty.
-    cursor: usize,
-    worth: Vec<f32>,
+    /// The order of the lists in this epoch, and the one of the next.
+    ranking: Ranking,
+    next: NextRanking,
     ghosts: Ghosts,
 }
 
 impl Reuse {
-    /// Number of lists.
-    pub const LISTS: usize = CLASSES * AGES + 1;
-
     /// For a pool of this many blocks.
     pub fn new(num_blocks: u32) -> Self {
         let table = vec![[0.0; AGES]; CLASSES];
-        let mut reuse = Self {
+        let mut next = NextRanking::new();
+        for _ in 0..STAGES {
+            next.advance(Counts { alive: &table, reached: &table, used: &table }, 0);
+        }
+        let (ranking, next) = next.finished();
+        Self {
             epoch_uses: (num_blocks / EPOCHS_PER_POOL).max(MIN_EPOCH),
             epoch: 0,
             uses: 0,
             alive: table.clone(),
             reached: table.clone(),
             used: table,
-            order: (0..Self::LISTS as u16).collect(),
-            rank: vec![0; Self::LISTS],
-            cursor: 0,
-            worth: vec![0.0; Self::LISTS],
+            ranking,
+            next,
             ghosts: Ghosts::new(num_blocks),
-        };
-        reuse.sort();
-        reuse
+        }
     }
 
     /// The list of the blocks of a class that were given up in an epoch.
@@ -114,20 +102,14 @@ impl Reuse {
         if self.age(epoch) < AGES { class.row() * AGES + epoch as usize % AGES } else { OLDEST }
     }
 
-    /// A list may have become the least worth of those that hold blocks.
+    /// A list holds blocks.
     pub fn listed(&mut self, list: usize) {
-        self.cursor = self.cursor.min(usize::from(self.rank[list]));
+        self.ranking.listed(list);
     }
 
     /// The list of the least worth that holds blocks.
     pub fn cheapest(&mut self, holds_blocks: impl Fn(usize) -> bool) -> Option<usize> {
-        while let Some(&list) = self.order.get(self.cursor) {
-            if holds_blocks(usize::from(list)) {
-                return Some(usize::from(list));
-            }
-            self.cursor += 1;
-        }
-        None
+        self.ranking.cheapest(holds_blocks)
     }
 
     /// A block is given up; the epoch.
@@ -168,26 +150,32 @@ impl Reuse {
     }
 
     /// One more use; whether an epoch began with it.
+    #[inline]
     pub fn tick(&mut self) -> bool {
         self.uses += 1;
+        // The next epoch's order is made in even parts, and is there when it begins.
+        while self.next.stage() * (self.epoch_uses as usize) < STAGES * self.uses as usize {
+            let counts = Counts { alive: &self.alive, reached: &self.reached, used: &self.used };
+            self.next.advance(counts, self.epoch.wrapping_add(1));
+        }
         if self.uses < self.epoch_uses {
             return false;
         }
+        self.begin_epoch();
+        true
+    }
+
+    #[cold]
+    fn begin_epoch(&mut self) {
         self.uses = 0;
         self.epoch = self.epoch.wrapping_add(1);
         let now = self.epoch as usize % AGES;
-        for class in 0..CLASSES {
-            self.alive[class][now] = 0.0;
-            for age in 0..AGES {
-                self.used[class][age] *= MEMORY;
-                self.reached[class][age] *= MEMORY;
-                if age > 0 {
-                    self.reached[class][age] += self.alive[class][(now + AGES - age) % AGES];
-                }
-            }
+        for ((alive, used), reached) in self.alive.iter_mut().zip(&mut self.used).zip(&mut self.reached) {
+            alive[now] = 0.0;
+            used.iter_mut().chain(&mut *reached).for_each(|count| *count *= MEMORY);
+            reach(reached, alive, self.epoch);
         }
-        self.sort();
-        true
+        self.next.swap(&mut self.ranking);
     }
 
     /// Lists whose epoch has just left the horizon, and the list that takes their blocks.
@@ -199,7 +187,7 @@ impl Reuse {
     /// What the blocks of a list are worth.
     #[cfg(test)]
     pub fn worth_of(&self, list: usize) -> f32 {
-        self.worth[list]
+        self.ranking.worth(list)
     }
 
     /// Checks the count of blocks alive against those that are cached and given up, and the ghosts.
@@ -221,135 +209,12 @@ impl Reuse {
     fn age(&self, epoch: u32) -> usize {
         self.epoch.wrapping_sub(epoch) as usize
     }
-
-    /// Brings the lists into the order of what their blocks are worth.
-    fn sort(&mut self) {
-        let mut all = ([0.0; AGES], [0.0; AGES]);
-        let rows: Vec<_> = self
-            .used
-            .iter()
-            .zip(&self.reached)
-            .map(|(used, reached)| (smooth(used), smooth(reached)))
-            .collect();
-        for (used, reached) in &rows {
-            for age in 0..AGES {
-                all.0[age] += used[age];
-                all.1[age] += reached[age];
-            }
-        }
-        // Where nothing is known of an age it is taken to be a little less than that before.
-        let mut prior = PRIOR_HAZARD;
-        let common: [f32; AGES] = std::array::from_fn(|age| {
-            let common = (all.0[age] + PRIOR * prior) / (all.1[age] + PRIOR);
-            prior = common * (age as f32 + 1.0) / (age as f32 + 2.0);
-            common
-        });
-        let now = self.epoch as usize % AGES;
-        for (class, (used, reached)) in rows.iter().enumerate() {
-            let hazard = std::array::from_fn(|age| {
-                ((used[age] + PRIOR * common[age]) / (reached[age] + PRIOR)).min(1.0)
-            });
-            for (age, worth) in worth(&hazard).into_iter().enumerate() {
-                self.worth[class * AGES + (now + AGES - age) % AGES] = worth;
-            }
-        }
-        self.worth[OLDEST] = 0.0;
-        let worth = &self.worth;
-        // Older ones first among equals; the list number makes the order the same on every machine.
-        let age = |list: u16| (now + AGES - usize::from(list) % AGES) % AGES;
-        self.order.sort_unstable_by(|&a, &b| {
-            let by_worth = worth[usize::from(a)].total_cmp(&worth[usize::from(b)]);
-            by_worth.then_with(|| age(b).cmp(&age(a))).then(a.cmp(&b))
-        });
-        for (rank, &list) in self.order.iter().enumerate() {
-            self.rank[usize::from(list)] = rank as u16;
-        }
-        self.cursor = 0;
-    }
 }
 
-/// Sums over the ages around each.
-fn smooth(counts: &[f32; AGES]) -> [f32; AGES] {
-    let mut before = [0.0; AGES + 1];
-    for age in 0..AGES {
-        before[age + 1] = before[age] + counts[age];
-    }
-    std::array::from_fn(|age| {
-        let reach = (age as f32 * SMOOTHING) as usize;
-        before[(age + reach + 1).min(AGES)] - before[age - reach]
-    })
-}
-
-/// What a block is worth at each age: the steepest line from there to any later point of the curve of expected uses over expected
-/// time kept, which is the next corner of the curve's upper hull.
-fn worth(hazard: &[f32; AGES]) -> [f32; AGES] {
-    // Points of the curve; `alive` is the share that was not used again before that age.
-    let (mut time, mut uses) = ([0.0; AGES + 1], [0.0; AGES + 1]);
-    let mut alive = 1.0;
-    for age in 0..AGES {
-        time[age + 1] = time[age] + alive * (1.0 - 0.5 * hazard[age]);
-        uses[age + 1] = uses[age] + alive * hazard[age];
-        alive *= 1.0 - hazard[age];
-    }
-    let slope =
-        |from: usize, to: usize| (uses[to] - uses[from]) / (time[to] - time[from]).max(f32::MIN_POSITIVE);
-    let mut result = [0.0; AGES];
-    let mut hull = [0usize; AGES + 1];
-    let mut corners = 1;
-    hull[0] = AGES;
-    for age in (0..AGES).rev() {
-        while corners > 1 && slope(age, hull[corners - 1]) <= slope(hull[corners - 1], hull[corners - 2]) {
-            corners -= 1;
-        }
-        result[age] = slope(age, hull[corners - 1]);
-        hull[corners] = age;
-        corners += 1;
-    }
-    result
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        /// Against every time that a block might be kept.
-        #[test]
-        fn worth_is_the_best_over_all_times(hazard in prop::array::uniform32(0f32..1.0), zeros in 0usize..40) {
-            let hazard: [f32; AGES] = std::array::from_fn(|age| if age < zeros { 0.0 } else { hazard[age % 32] });
-            let found = worth(&hazard);
-            for from in 0..AGES {
-                let (mut alive, mut uses, mut time, mut best) = (1.0, 0.0, 0.0, 0f64);
-                for &hazard in &hazard[from..] {
-                    uses += alive * f64::from(hazard);
-                    time += alive * (1.0 - 0.5 * f64::from(hazard));
-                    alive *= 1.0 - f64::from(hazard);
-                    best = best.max(uses / time);
-                }
-                // Late ages are reached by so few that float32 tells their differences no more.
-                let scale = if found[from].is_finite() { 1e-3 + 0.02 * best } else { 0.0 };
-                let survival: f64 = hazard[..from].iter().map(|&hazard| 1.0 - f64::from(hazard)).product();
-                if survival > 1e-3 {
-                    prop_assert!((f64::from(found[from]) - best).abs() <= scale, "{from}: {} against {best}", found[from]);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_falling_hazard_makes_older_blocks_worth_less() {
-        let hazard: [f32; AGES] = std::array::from_fn(|age| 0.3 / (age as f32 + 1.0));
-        assert!(worth(&hazard).is_sorted_by(|younger, older| younger > older));
-    }
-
-    #[test]
-    fn a_late_return_makes_blocks_worth_more_as_it_comes_near() {
-        let mut hazard = [0.0; AGES];
-        hazard[40] = 0.9;
-        let worth = worth(&hazard);
-        assert!(worth[..=40].is_sorted_by(|younger, older| younger < older));
-        assert!(worth[41..].iter().all(|&worth| worth == 0.0));
-    }
+/// Adds, at each age from 1 on, the blocks that reach it when `epoch` begins.
+pub fn reach(reached: &mut [f32; AGES], alive: &[f32; AGES], epoch: u32) {
+    let now = epoch as usize % AGES;
+    // The epochs before this one, then those before the horizon's end.
+    let epochs = alive[..now].iter().rev().chain(alive[now + 1..].iter().rev());
+    reached[1..].iter_mut().zip(epochs).for_each(|(reached, alive)| *reached += alive);
 }
