@@ -128,7 +128,5 @@ def test_pages_of_another_size_are_refused() -> None:
     q, weights = torch.zeros(1, 1, 2, 16).to(E4M3), torch.zeros(1, 2)
     lens, table = torch.ones(1, dtype=INT), torch.zeros(1, 1, dtype=INT)
     cache = torch.zeros(2, 32, 1, 20, dtype=torch.uint8)
-    with pytest.raises(
-        ValueError, match=r"kv_cache: expected uint8 \[num_blocks, 64, 1, 20\]"
-    ):
+    with pytest.raises(ValueError, match=r"kv_cache: expected uint8 \[num_blocks, 64, 1, 20\]"):
         fp8_paged_mqa_logits(q, cache, weights, lens, table, None, 64)
