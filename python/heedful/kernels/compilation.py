@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import triton
 
+from heedful.kernels import interpreter
 from heedful.kernels.target import Target
 
 _ALIGNMENT = 16  # Triton compiles apart for pointers and integers that this divides
@@ -46,6 +47,7 @@ class Launch:
         grid: programs in each of up to three dimensions; nothing runs if one is 0.
         arguments: by the kernel's names, compile-time constants too.
         num_warps, num_stages: as Triton has them.
+        max_registers: a thread's, so that enough blocks share a multiprocessor; CUDA alone.
     """
 
     kernel: Any
@@ -53,6 +55,7 @@ class Launch:
     arguments: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int | None = None
 
     def run(self) -> None:
         """Launches the kernel on the device of its tensors; returns before it ends."""
@@ -60,13 +63,22 @@ class Launch:
             return
         device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
         if device.type != "cuda":
+            interpreter.mend()
             self._run()
             return
         with torch.cuda.device(device):
             self._run()
 
     def _run(self) -> None:
-        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+        self.kernel[self.grid](**self.arguments, **self.options)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton's compiler is told besides the arguments."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.max_registers is not None and not torch.version.hip:
+            options["maxnreg"] = self.max_registers
+        return options
 
 
 @dataclass(frozen=True)
@@ -119,7 +131,7 @@ def compile_for(compilation: Compilation, target: Target) -> Compiled:
     kernel = triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),
         target=GPUTarget(target.backend, target.arch, target.warp_size),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        options=launch.options,
     )
     if target.backend == "hip":
         assembly = kernel.asm["amdgcn"]

@@ -1,7 +1,7 @@
 """FP8 e4m3fn codes to numbers, for chips and tools without the conversion (Micikevicius et al. 2022).
 
-The bits of a code, moved to where float16 has its own, are the number times 2^-8: the bias of exponents is 7 in one and
-15 in the other, and subnormals stay subnormal. So one shift, one mask and one product convert exactly; NaN is set apart.
+The bits of a code, moved to where float16 has its own, are the number times 2^-8: the bias of exponents is 7 in one
+and 15 in the other, and subnormals stay subnormal. So shifts and one product convert exactly; NaN is set apart.
 """
 
 from __future__ import annotations

@@ -1,0 +1,504 @@
+"""Index scores I[t, s] = sum_j weights[t, j] relu(q[t, j] . k[s]) (times the key's scale) on the GPU.
+
+A program holds the heads of BT queries, as columns, in shared memory, and streams tiles of keys past them, as rows. So
+a key is read once for all of them, and the sum over heads is over columns of the product, of which a thread holds many:
+relu, weights and sum happen in registers. The same tile of code (`score_tiles`) serves `index_top_k`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from heedful.kernels.compilation import Compilation, Launch
+from heedful.kernels.e4m3 import e4m3_to_float16
+from heedful.kernels.target import Target
+
+PAGE = 64  # tokens of a page
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def as_operand(x, DOT: tl.constexpr):
+    """Numbers, or e4m3fn codes as bytes, in the type that is multiplied."""
+    if x.dtype == tl.uint8:
+        x = e4m3_to_float16(x)
+    return x.to(DOT)
+
+
+@triton.jit
+def sequence_of(tile, query_start_loc, num_seqs, BT: tl.constexpr):
+    """The sequence of a tile, and the tile's place in it.
+
+    Tiles of sequence b are numbered from query_start_loc[b] // BT + b: at least as many as it has, some of them empty,
+    and found without a prefix sum over the batch.
+    """
+    low, high = 0, num_seqs
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(query_start_loc + middle) // BT + middle <= tile:
+            low = middle + 1
+        else:
+            high = middle
+    b = low - 1
+    return b, tile - (tl.load(query_start_loc + b) // BT + b)
+
+
+@triton.jit
+def tile_of_queries(
+    tile, T, S, starts, ends, query_start_loc, seq_lens, num_seqs, BT: tl.constexpr, PAGED: tl.constexpr
+):
+    """First row of a tile, how many rows it has, the visible keys [start, end) of each [BT], and the sequence."""
+    places = tl.arange(0, BT)
+    if PAGED:
+        b, place = sequence_of(tile, query_start_loc, num_seqs, BT)
+        first = tl.load(query_start_loc + b)
+        rest = tl.load(query_start_loc + b + 1) - first - place * BT
+        first += place * BT
+        start = tl.zeros([BT], tl.int32)
+        end = tl.load(seq_lens + b) - rest + 1 + places
+    else:
+        b = 0
+        first, rest = tile * BT, T - tile * BT
+        start, end = tl.zeros([BT], tl.int32), tl.zeros([BT], tl.int32) + S
+        if starts is not None:
+            start = tl.maximum(tl.load(starts + first + places, mask=places < rest, other=0).to(tl.int32), 0)
+        if ends is not None:
+            end = tl.load(ends + first + places, mask=places < rest, other=0).to(tl.int32)
+    end = tl.where(places < rest, tl.maximum(tl.minimum(end, S), start), start)
+    return first, tl.minimum(rest, BT), start, end, b
+
+
+@triton.jit
+def load_queries(
+    q, weights, first, count, stride_t, stride_h, weight_stride,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BT: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """The heads of a tile of queries as columns, [DP, BT * HP], and their weights [BT * HP]; zeros beyond them."""
+    places, dims = tl.arange(0, BT * HP), tl.arange(0, DP)
+    row, head = first.to(tl.int64) + places // HP, places % HP
+    there = (places // HP < count) & (head < HEADS)
+    at = row[:, None] * stride_t + head[:, None] * stride_h + dims[None, :]
+    columns = as_operand(tl.load(q + at, mask=there[:, None] & (dims < DIM)[None, :], other=0.0), DOT)
+    return tl.trans(columns), tl.load(weights + row * weight_stride + head, mask=there, other=0.0)
+
+
+@triton.jit
+def score_tiles(
+    low, high, out, out_stride, columns, w, start, end, count, S, keys, key_stride, scales, table, page_stride,
+    scale_stride, HEADS: tl.constexpr, DIM: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, HP: tl.constexpr,
+    DP: tl.constexpr, DOT: tl.constexpr, PAGED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Writes the scores of keys low, ..., high - 1 (`low` a multiple of BS) to out[row, key], -inf where not visible.
+
+    Keys from `high` to the end of the last tile are written too if they are below S.
+    """
+    dims, offsets, places = tl.arange(0, DP), tl.arange(0, BS), tl.arange(0, BT)
+    real = tl.arange(0, BT * HP) % HP < HEADS
+    for first in tl.range(low, high, BS, num_stages=STAGES):
+        s = first + offsets
+        if PAGED:  # rows of a page beyond the sequence exist; what they hold is not seen
+            page = tl.load(table + first // 64).to(tl.int64)
+            within = first % 64 + offsets
+            at = page * page_stride + within[:, None] * key_stride + dims[None, :]
+            mask = tl.full([BS, 1], 1, tl.int1)
+        else:
+            at = s.to(tl.int64)[:, None] * key_stride + dims[None, :]
+            mask = (s < S)[:, None]
+        if DP != DIM:
+            mask = mask & (dims < DIM)[None, :]
+        tile = as_operand(tl.load(keys + at, mask=mask, other=0.0), DOT)  # [BS, DP]
+        if DOT == tl.int8:
+            z = tl.dot(tile, columns, out_dtype=tl.int32).to(tl.float32)
+        else:
+            z = tl.dot(tile, columns, input_precision="tf32x3")
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :]
+        if HP != HEADS:  # a key of infinities times the padding's zeros
+            z = tl.where(real[None, :], z, 0.0)
+        score = tl.sum(tl.reshape(z, [BS, BT, HP]), axis=2)  # [BS, BT]
+        if scales is not None:
+            if PAGED:
+                scale = tl.load(scales + page * scale_stride + within)
+            else:
+                scale = tl.load(scales + s, mask=s < S, other=0.0)
+            score *= scale[:, None]
+        seen = (s[:, None] >= start[None, :]) & (s[:, None] < end[None, :])
+        written = (places < count)[None, :] & (s < S)[:, None]
+        to = places.to(tl.int64)[None, :] * out_stride + s[:, None]
+        tl.store(out + to, tl.where(seen, score, float("-inf")), mask=written)
+
+
+@triton.jit
+def _fill(low, high, out, out_stride, count, S, BT: tl.constexpr, WIDTH: tl.constexpr):
+    """Writes -inf for keys low, ..., high - 1."""
+    places, offsets = tl.arange(0, BT), tl.arange(0, WIDTH)
+    for first in range(low, high, WIDTH):
+        s = first + offsets
+        to = out + places[:, None].to(tl.int64) * out_stride + s[None, :]
+        mask = (places < count)[:, None] & (s < tl.minimum(S, high))[None, :]
+        tl.store(to, tl.full([BT, WIDTH], float("-inf"), tl.float32), mask=mask)
+
+
+@triton.jit
+def _index_scores_kernel(
+    q, weights, keys, scales, out, starts, ends, tables, seq_lens, query_start_loc, T, S, num_seqs, stride_t, stride_h,
+    weight_stride, key_stride, page_stride, scale_stride, table_stride, out_stride, chunk, HEADS: tl.constexpr,
+    DIM: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr,
+    PAGED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Scores of a tile of queries over a chunk of the keys."""
+    first, count, start, end, b = tile_of_queries(
+        tl.program_id(0), T, S, starts, ends, query_start_loc, seq_lens, num_seqs, BT, PAGED
+    )
+    if count > 0:
+        from_, to = tl.program_id(1) * chunk, tl.minimum(tl.program_id(1) * chunk + chunk, S)
+        low = tl.min(tl.where(start < end, start, S), axis=0) // BS * BS
+        low = tl.minimum(tl.maximum(low, from_), to)
+        high = tl.maximum(tl.minimum(tl.cdiv(tl.max(end, axis=0), BS) * BS, to), low)
+        out += first.to(tl.int64) * out_stride
+        _fill(from_, low, out, out_stride, count, S, BT, 256)
+        if low < high:
+            columns, w = load_queries(
+                q, weights, first, count, stride_t, stride_h, weight_stride, HEADS, DIM, BT, HP, DP, DOT
+            )
+            score_tiles(
+                low, high, out, out_stride, columns, w, start, end, count, S, keys, key_stride, scales,
+                tables + b.to(tl.int64) * table_stride if PAGED else None, page_stride, scale_stride,
+                HEADS, DIM, BT, BS, HP, DP, DOT, PAGED, STAGES,
+            )  # fmt: skip
+        _fill(high, to, out, out_stride, count, S, BT, 256)
+
+
+# -- launchers ---------------------------------------------------------------------------------------------------------
+
+
+def index_scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    starts: torch.Tensor | None = None,
+    ends: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Index scores over contiguous keys.
+
+    Args:
+        q: [T, Hi, Di] float32, bfloat16, float16, float8_e4m3fn or int8 (scales of q belong in `weights`).
+        k: [S, Di], the same dtypes.
+        weights: [T, Hi] float32.
+        starts, ends: [T] integers: query t sees keys starts[t] <= s < ends[t]; default all.
+        k_scale: [S] float32.
+
+    Returns:
+        float32 [T, S], -inf where a key is not visible.
+    """
+    out = torch.empty((q.shape[0], k.shape[0]), dtype=torch.float32, device=q.device)
+    plan(Scoring.contiguous(q, k, weights, starts, ends, k_scale), out, Target.of(q)).run()
+    return out
+
+
+def index_scores_paged(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    max_seq_len: int,
+) -> torch.Tensor:
+    """Index scores of a ragged batch over keys in pages.
+
+    Args:
+        q: [N, Hi, Di], the dtypes of `index_scores`; the queries of a sequence are its last tokens.
+        weights: [N, Hi] float32.
+        cache: [num_blocks, 64, Di] float32, bfloat16 or float16, or uint8 (e4m3fn codes) or int8 of
+            [num_blocks, 64 * (Di + 4)] or [num_blocks, 64, Di + 4]: in each page all codes, then 64 float32 scales.
+        block_tables: [B, M] int32; entries beyond a sequence's pages are not read.
+        seq_lens: [B] int32.
+        query_start_loc: [B + 1] int32.
+        max_seq_len: at least the largest of seq_lens.
+
+    Returns:
+        float32 [N, max_seq_len], -inf where a key is not visible.
+    """
+    out = torch.empty((q.shape[0], max_seq_len), dtype=torch.float32, device=q.device)
+    scoring = Scoring.paged(q, weights, cache, block_tables, seq_lens, query_start_loc, max_seq_len)
+    plan(scoring, out, Target.of(q)).run()
+    return out
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The arguments of a scoring kernel that do not depend on the target, by the kernel's names."""
+
+    arguments: dict[str, Any]
+    q_dtype: torch.dtype
+    k_dtype: torch.dtype
+    heads: int
+    dim: int
+    T: int
+    S: int
+    num_seqs: int | None  # of a ragged batch over pages
+
+    @staticmethod
+    def contiguous(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        weights: torch.Tensor,
+        starts: torch.Tensor | None,
+        ends: torch.Tensor | None,
+        k_scale: torch.Tensor | None,
+    ) -> Scoring:
+        """Over keys [S, Di]."""
+        (T, heads, dim), S = q.shape, k.shape[0]
+        k = _rows(k)
+        scale = None if k_scale is None else k_scale.contiguous()
+        starts, ends = (None if x is None else x.contiguous() for x in (starts, ends))
+        arguments = _query_arguments(q, weights) | {"keys": k, "scales": scale, "starts": starts, "ends": ends}
+        arguments |= {"tables": None, "seq_lens": None, "query_start_loc": None, "num_seqs": 0, "table_stride": 0}
+        arguments |= {"T": T, "S": S, "key_stride": k.stride(0), "page_stride": 0, "scale_stride": 0}
+        return Scoring(arguments, q.dtype, k.dtype, heads, dim, T, S, None)
+
+    @staticmethod
+    def paged(
+        q: torch.Tensor,
+        weights: torch.Tensor,
+        cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        max_seq_len: int,
+    ) -> Scoring:
+        """Over the pages of an index-key cache."""
+        T, heads, dim = q.shape
+        num_seqs = seq_lens.shape[0]
+        keys, scales = index_pages(cache, dim)
+        block_tables = _rows(block_tables)
+        arguments = _query_arguments(q, weights) | {"keys": keys, "scales": scales, "starts": None, "ends": None}
+        arguments |= {"tables": block_tables, "seq_lens": seq_lens.contiguous()}
+        arguments |= {"query_start_loc": query_start_loc.contiguous(), "num_seqs": num_seqs}
+        arguments |= {"T": T, "S": max_seq_len, "table_stride": block_tables.stride(0), "key_stride": keys.stride(1)}
+        arguments |= {"page_stride": keys.stride(0), "scale_stride": 0 if scales is None else scales.stride(0)}
+        return Scoring(arguments, q.dtype, keys.dtype, heads, dim, T, max_seq_len, num_seqs)
+
+    @property
+    def tokens_per_seq(self) -> int:
+        """Queries that stand next to each other over the same keys, on average."""
+        return self.T if not self.num_seqs else -(-self.T // self.num_seqs)
+
+    def tiles(self, BT: int) -> int:
+        """Programs that cover the queries, BT each."""
+        return -(-self.T // BT) if self.num_seqs is None else self.T // BT + self.num_seqs
+
+
+def index_pages(cache: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Views of a cache: keys [num_blocks, 64, Di] and, of codes, scales [num_blocks, 64] with the pages' stride."""
+    if cache.dtype not in (torch.uint8, torch.int8):
+        return cache, None
+    pages = cache.flatten(1)
+    keys, scales = pages[:, : PAGE * dim].unflatten(1, (PAGE, dim)), pages[:, PAGE * dim :].view(torch.float32)
+    return keys.view(torch.float8_e4m3fn) if cache.dtype == torch.uint8 else keys, scales
+
+
+def _query_arguments(q: torch.Tensor, weights: torch.Tensor) -> dict[str, Any]:
+    q, weights = _rows(q), _rows(weights)
+    arguments = {"q": q, "weights": weights, "weight_stride": weights.stride(0)}
+    return arguments | {"stride_t": q.stride(0), "stride_h": q.stride(1)}
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy, with the last dimension contiguous."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float8_e4m3fn: tl.float8e4nv,
+    torch.int8: tl.int8,
+}
+
+
+def operand_type(q: torch.dtype, k: torch.dtype, target: Target) -> torch.dtype:
+    """The type in which products are taken: the narrowest that holds the numbers of both sides and that the target
+    multiplies. Sums are float32, or int32 of int8."""
+    kinds = {q, k}
+    if target.interpreted or torch.float32 in kinds or kinds == {torch.float16, torch.bfloat16}:
+        return torch.float32
+    if kinds == {torch.float8_e4m3fn}:
+        return torch.float8_e4m3fn if target.fp8_dot else torch.bfloat16
+    if kinds == {torch.int8}:
+        return torch.int8
+    return torch.float16 if torch.float16 in kinds else torch.bfloat16
+
+
+def bytes_if_needed(x: torch.Tensor, target: Target) -> torch.Tensor:
+    """e4m3fn as bytes where the target has no such numbers."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn and not target.fp8_dot else x
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of a program: BT queries, BS keys at a time; heads and dims padded to powers of two."""
+
+    BT: int
+    BS: int
+    HP: int
+    DP: int
+    num_warps: int
+    stages: int
+    max_registers: int | None = None
+
+
+def tiles_for(scoring: Scoring, dot: torch.dtype, target: Target) -> Tiles:
+    """The sizes that are taken unless a table of measurements says otherwise.
+
+    Two blocks are to share a multiprocessor, so that one multiplies while the other sums over heads: half of its shared
+    memory is for the queries that a block holds and the keys that stream past them, half of its registers (128 a
+    thread of 8 warps) for the product. wgmma reads the queries at full rate from 256 columns on.
+    """
+    HP, DP = triton.next_power_of_2(scoring.heads), max(32, triton.next_power_of_2(scoring.dim))
+    room, row = target.shared_memory // 2, DP * scoring.k_dtype.itemsize + 4
+    columns = 64 if dot == torch.float32 else 256 if target.hopper or target.interpreted else 128
+    while columns > max(16, HP) and columns * DP * dot.itemsize > 2 * room // 3:
+        columns //= 2
+    BT = max(min(columns // HP, triton.next_power_of_2(scoring.tokens_per_seq)), 16 // HP, 1)
+    held = BT * HP * DP * dot.itemsize
+    BS = PAGE // 2 if dot == torch.float32 and not target.interpreted else PAGE
+    while BS > 16 and (BS * BT * HP > 16384 or held + 2 * BS * row > 2 * room - 4096):
+        BS //= 2
+    stages = min(max((room - held) // (BS * row), 2), 4)
+    wide = BT * HP >= 128
+    converted = dot not in (scoring.q_dtype, scoring.k_dtype) or scoring.q_dtype != scoring.k_dtype
+    limit = 128 if wide and target.hopper and not converted and dot != torch.float32 else None
+    return Tiles(BT, BS, HP, DP, 8 if wide else 4, stages, limit)
+
+
+def scoring_arguments(scoring: Scoring, dot: torch.dtype, tiles: Tiles, target: Target) -> dict[str, Any]:
+    """All arguments that the scoring kernels share."""
+    arguments = dict(scoring.arguments)
+    arguments["q"], arguments["keys"] = (bytes_if_needed(arguments[name], target) for name in ("q", "keys"))
+    arguments |= {"HEADS": scoring.heads, "DIM": scoring.dim, "BT": tiles.BT, "BS": tiles.BS, "HP": tiles.HP}
+    arguments |= {"DP": tiles.DP, "DOT": _TYPES[dot], "PAGED": scoring.num_seqs is not None}
+    return arguments | {"STAGES": tiles.stages}
+
+
+def plan(scoring: Scoring, out: torch.Tensor, target: Target) -> Launch:
+    """The launch that writes the scores to `out` [T, S]."""
+    dot = operand_type(scoring.q_dtype, scoring.k_dtype, target)
+    tiles = tiles_for(scoring, dot, target)
+    num_tiles = scoring.tiles(tiles.BT)
+    # Enough programs to fill the device several times, each with enough keys to be worth reading its queries.
+    wanted = -(-8 * target.num_sms // max(1, num_tiles))
+    chunk = min(max(-(-scoring.S // wanted), 512), 8192)
+    chunk = -(-chunk // 256) * 256
+    arguments = scoring_arguments(scoring, dot, tiles, target)
+    arguments |= {"out": out, "out_stride": out.stride(0), "chunk": chunk}
+    grid = (num_tiles, -(-scoring.S // chunk))
+    return Launch(_index_scores_kernel, grid, arguments, tiles.num_warps, tiles.stages, tiles.max_registers)
+
+
+# -- reference ---------------------------------------------------------------------------------------------------------
+
+
+def index_scores_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    starts: torch.Tensor | None = None,
+    ends: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`index_scores` in float64, a query at a time: float64 [T, S]."""
+    (T, _, _), S = q.shape, k.shape[0]
+    out = torch.full((T, S), -torch.inf, dtype=torch.float64, device=q.device)
+    keys, at = k.double(), torch.arange(S, device=q.device)
+    for t in range(T):
+        score = weights[t].double() @ (q[t].double() @ keys.T).relu()
+        score = score if k_scale is None else score * k_scale
+        seen = (at >= (0 if starts is None else starts[t])) & (at < (S if ends is None else ends[t]))
+        out[t] = torch.where(seen, score, -torch.inf)
+    return out
+
+
+def index_scores_paged_reference(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    max_seq_len: int,
+) -> torch.Tensor:
+    """`index_scores_paged` in float64, a sequence at a time: float64 [N, max_seq_len]."""
+    out = torch.full((q.shape[0], max_seq_len), -torch.inf, dtype=torch.float64, device=q.device)
+    keys, scales = index_pages(cache, q.shape[2])
+    for b, S in enumerate(seq_lens.tolist()):
+        first, last = query_start_loc[b : b + 2].tolist()
+        pages = block_tables[b, : -(-S // PAGE)].long()
+        k = keys[pages].flatten(0, 1)[:S]
+        ends = S - (last - first) + 1 + torch.arange(last - first, device=q.device)
+        scale = None if scales is None else scales[pages].flatten()[:S]
+        out[first:last, :S] = index_scores_reference(q[first:last], k, weights[first:last], ends=ends, k_scale=scale)
+    return out
+
+
+# -- compilations ------------------------------------------------------------------------------------------------------
+
+
+def compilations(target: Target) -> list[Compilation]:
+    """Prefill of 4096 queries and decode of 64 sequences, with the heads of DeepSeek-V3.2 (64) and of GLM-5 (32)."""
+    found = []
+    for q_dtype, k_dtype, heads in _COMPILED:
+        name = f"{str(q_dtype)[6:]} x {str(k_dtype)[6:]}, {heads} heads"
+        wgmma = q_dtype != torch.float32
+        main = heads == 64 and q_dtype == k_dtype and wgmma
+        prefill = example(4096, 131072, heads, q_dtype, k_dtype)
+        launch = plan(prefill, torch.empty(4096, 131072, device="meta"), target)
+        found.append(Compilation(f"prefill, {name}", launch, main, wgmma))
+        decode = example_paged(64, 1, heads, q_dtype, k_dtype)
+        launch = plan(decode, torch.empty(64, 131072, device="meta"), target)
+        found.append(Compilation(f"decode, {name}", launch, main, wgmma))
+    return found
+
+
+_COMPILED = (
+    (torch.float8_e4m3fn, torch.float8_e4m3fn, 64),
+    (torch.bfloat16, torch.bfloat16, 64),
+    (torch.float8_e4m3fn, torch.float8_e4m3fn, 32),
+    (torch.bfloat16, torch.float8_e4m3fn, 64),
+    (torch.int8, torch.int8, 64),
+    (torch.float32, torch.float32, 64),
+)
+
+
+def example(T: int, S: int, heads: int, q_dtype: torch.dtype, k_dtype: torch.dtype) -> Scoring:
+    """Arguments of a prefill, without memory."""
+    q = torch.empty((T, heads, 128), dtype=q_dtype, device="meta")
+    k = torch.empty((S, 128), dtype=k_dtype, device="meta")
+    weights, ends = torch.empty((T, heads), device="meta"), torch.empty(T, dtype=torch.int32, device="meta")
+    scale = torch.empty(S, device="meta") if k_dtype.itemsize == 1 else None
+    return Scoring.contiguous(q, k, weights, None, ends, scale)
+
+
+def example_paged(num_seqs: int, next_n: int, heads: int, q_dtype: torch.dtype, k_dtype: torch.dtype) -> Scoring:
+    """Arguments of a decode over pages, without memory."""
+    q = torch.empty((num_seqs * next_n, heads, 128), dtype=q_dtype, device="meta")
+    weights = torch.empty((num_seqs * next_n, heads), device="meta")
+    codes = k_dtype.itemsize == 1
+    stored = torch.int8 if k_dtype == torch.int8 else torch.uint8 if codes else k_dtype
+    cache = torch.empty((4096, 64 * 132) if codes else (4096, 64, 128), dtype=stored, device="meta")
+    tables, lens, starts = (
+        torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((num_seqs, 2048), num_seqs, num_seqs + 1)
+    )
+    return Scoring.paged(q, weights, cache, tables, lens, starts, 131072)
