@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,30 +18,9 @@ import oracle
 from heedful import LLM, SamplingParams
 from heedful.engine.graphs import DecodeGraphs, buckets
 from heedful.engine.paged_attention import StepLayout
+from stand_in_recorder import StandInRecorder
 
 CPU = torch.device("cpu")
-
-
-@dataclass
-class StandInRecording:
-    """Computes anew at each replay, into the place of the first result, as a CUDA graph does."""
-
-    compute: Callable[[], torch.Tensor]
-    result: torch.Tensor
-
-    def replay(self) -> None:
-        self.result.copy_(self.compute())
-
-
-@dataclass
-class StandInRecorder:
-    """Holds what it recorded, in order."""
-
-    recordings: list[StandInRecording] = field(default_factory=list)
-
-    def record(self, compute: Callable[[], torch.Tensor]) -> StandInRecording:
-        self.recordings.append(StandInRecording(compute, compute().clone()))
-        return self.recordings[-1]
 
 
 @dataclass
@@ -162,6 +140,16 @@ def test_warming_up_records_every_bucket_once_and_writes_nothing() -> None:
     assert len(recorder.recordings) == 6
     them.run(decoding([100, 200]))
     assert len(recorder.recordings) == 6
+
+
+def test_warming_up_a_runner_writes_no_row(tmp_path: Path) -> None:
+    oracle.save("glm_moe_dsa", tmp_path)
+    llm = LLM(tmp_path, device="cpu", kv_cache_tokens=256)
+    llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2), progress=False)
+    before = [cache.clone() for cache in (*llm.caches.latent, *llm.caches.index) if cache is not None]
+    llm.engine.runner.warm_up(100)
+    after = [cache for cache in (*llm.caches.latent, *llm.caches.index) if cache is not None]
+    assert all(map(torch.equal, before, after))
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["float32", "fp8"])

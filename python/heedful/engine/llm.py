@@ -118,6 +118,8 @@ class LLM:
         self.caches = KVCaches(self.config, num_blocks, cache_dtype, placement)
         max_model_len = min(max_model_len, num_blocks * BLOCK_SIZE)
         runner = ModelRunner(network, self.caches, attention, placement.backend)
+        if placement.is_gpu:
+            runner.warm_up(min(max_batched_tokens, max_model_len))
         if placement.is_gpu and not enforce_eager:
             graphs = runner.record_decoding(
                 CudaRecorder(placement.device), max_num_seqs=max_num_seqs, max_model_len=max_model_len

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from heedful import Step
+from heedful.engine.cache_layout import BLOCK_SIZE
 from heedful.engine.caches import KVCaches
-from heedful.engine.graphs import DecodeGraphs, Recorder
+from heedful.engine.graphs import NO_SLOT, DecodeGraphs, Recorder
 from heedful.engine.paged_attention import AttentionMode, PagedAttention, StepLayout
 from heedful.engine.placement import Backend
 from heedful.models import DSAForCausalLM
@@ -39,6 +40,23 @@ class ModelRunner:
             self._compute, recorder, max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=self.device
         )
         return self.graphs
+
+    def warm_up(self, max_tokens: int) -> None:
+        """Compiles what prompts need, by computing some that write no row: a long one, and one of an odd length.
+
+        Args:
+            max_tokens: of the longest prompt (or part of one) that a step can have.
+        """
+        for N in dict.fromkeys((max_tokens, min(max_tokens, 17))):
+            places = torch.arange(N, dtype=torch.int32, device=self.device)
+            layout = StepLayout(
+                slot_mapping=torch.full((N,), NO_SLOT, dtype=torch.int64, device=self.device),
+                query_start_loc=torch.tensor([0, N], dtype=torch.int32, device=self.device),
+                seq_lens=torch.tensor([N], dtype=torch.int32, device=self.device),
+                block_tables=torch.zeros((1, -(-N // BLOCK_SIZE)), dtype=torch.int32, device=self.device),
+                max_seq_len=N,
+            )
+            self._compute(torch.zeros_like(places), places, layout)
 
     @torch.inference_mode()
     def run(self, step: Step) -> torch.Tensor:
