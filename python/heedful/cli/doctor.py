@@ -241,7 +241,7 @@ def _compare_on_gpu(gpu: dict[str, Any]) -> dict[str, str]:
         torch.randn(shape, generator=generator) for shape in ((4, 16, 64), (300, 64), (4, 16), (4, 16, 128), (300, 128))
     )
     on = [x.cuda(0) for x in (q, k, weights, rows, latents)]
-    indices = ops.index_top_k(*on[:3], 32)
+    indices = ops.index_top_k(on[0], on[1], on[2], 32)
     out, _ = ops.sparse_attention(on[3], on[4], indices, scale=0.1, value_dim=96)
     wanted, _ = ops.sparse_attention(rows, latents, indices.cpu(), scale=0.1, value_dim=96)
     error = float((out.cpu() - wanted).abs().max())
