@@ -58,6 +58,32 @@ def test_prefill(models: tuple[Any, Any], operator_calls: list[tuple[int, ...]])
 
 
 @torch.no_grad()
+def test_selection_some_queries_at_a_time(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, ours = models
+    ids, shapes = tokens(1, 70), []
+
+    def counted(q: Any, k: Any, *args: Any, **kwargs: Any) -> Any:
+        shapes.append((len(q), len(k)))
+        return original(q, k, *args, **kwargs)
+
+    original = ops.index_scores
+    monkeypatch.setattr(ops, "index_scores", counted)
+    monkeypatch.setattr(integration, "_SCORES_BYTES", 30 * 70 * 4)
+    assert_same(ours(ids).logits, eager(ids).logits)
+    layers = sum(layer.self_attn.indexer is not None for layer in ours.model.layers)
+    assert shapes == [(30, 70), (30, 70), (10, 70)] * layers
+
+
+@torch.no_grad()
+def test_registering_twice_changes_nothing() -> None:
+    from transformers.models.deepseek_v32 import modeling_deepseek_v32 as modeling
+
+    before = modeling.DeepseekV32Attention.expand_kv, modeling.DeepseekV32Indexer.forward
+    integration.register()
+    assert (modeling.DeepseekV32Attention.expand_kv, modeling.DeepseekV32Indexer.forward) == before
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_batch(models: tuple[Any, Any], side: str) -> None:
     eager, ours = models
@@ -167,6 +193,6 @@ def test_other_devices_fall_back_with_one_warning() -> None:
     integration._warn_of_device.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert integration._must_fall_back(query, query, query, 0.0)
-        assert integration._must_fall_back(query, query, query, 0.0)
+        assert integration._must_fall_back(query)
+        assert integration._must_fall_back(query)
     assert [str(w.message) for w in caught] == ["heedful has no kernels for meta: attention is torch's, with a mask"]

@@ -168,7 +168,7 @@ def hadamard(x: A, *, backend: str = "auto") -> A:
         from heedful.kernels import hadamard as kernel
 
         with call.launching():
-            return kernel.hadamard(view.data)
+            return call.give(kernel.hadamard(view.data), view.dtype)
     if call.reference:
         return call.give(reference.hadamard(view.float64()), view.dtype)
     out = np.empty_like(view.data)

@@ -51,7 +51,8 @@ def index_scores(
         from heedful.kernels import index_scores as kernel
 
         with call.launching():
-            return kernel.index_scores(*_tensors(views), ends=_ends(call, views), k_scale=_data(views[4]))
+            scores = kernel.index_scores(*_tensors(views), ends=_ends(call, views), k_scale=_data(views[4]))
+        return call.give(scores, "float32")
     if call.reference:
         return call.give(reference.index_scores(*_values(*views)), "float32")
     out = np.empty((call.size("T"), call.size("S")), np.float32)
@@ -82,7 +83,8 @@ def index_top_k(
 
         with call.launching():
             ends, scale = _ends(call, views), _data(views[4])
-            return kernel.index_top_k(*_tensors(views), count, ends=ends, k_scale=scale, sorted=bool(sorted))
+            chosen = kernel.index_top_k(*_tensors(views), count, ends=ends, k_scale=scale, sorted=bool(sorted))
+        return call.give(chosen, "int32")
     if call.reference:
         scores = reference.index_scores(*_values(*views)).astype(np.float32)
         return call.give(reference.top_k(scores, count, sorted_=sorted), "int32")
@@ -119,7 +121,8 @@ def top_k(scores: A, k: int, *, lengths: Any = None, sorted: bool = True, backen
         from heedful.kernels import top_k as kernel
 
         with call.launching():
-            return kernel.top_k(view.data, count, lengths=limits, sorted=bool(sorted))
+            chosen = kernel.top_k(view.data, count, lengths=limits, sorted=bool(sorted))
+        return call.give(chosen, "int32")
     if call.reference:
         return call.give(reference.top_k(view.float64(), count, limits, sorted), "int32")
     out = np.empty((call.size("T"), count), np.int32)
@@ -167,7 +170,8 @@ def index_scores_paged(
         from heedful.kernels import index_scores as kernel
 
         with call.launching():
-            return kernel.index_scores_paged(q_.data, w.data, max_seq_len=columns, **_pages(pages, batch))
+            found = kernel.index_scores_paged(q_.data, w.data, max_seq_len=columns, **_pages(pages, batch))
+        return call.give(found, "float32")
     if call.reference:
         scores = _reference_paged(q_, w, pages, batch)
     else:
@@ -209,9 +213,10 @@ def index_top_k_paged(
         widest = max(1, PAGE * batch[0].shape[1])
         longest = widest if max_seq_len is None else min(integer("max_seq_len", max_seq_len, 1), widest)
         with call.launching():
-            return kernel.index_top_k_paged(
+            chosen = kernel.index_top_k_paged(
                 q_.data, w.data, count, max_seq_len=longest, sorted=bool(sorted), **_pages(pages, batch)
             )
+        return call.give(chosen, "int32")
     if call.reference:
         scores = _reference_paged(q_, w, pages, batch).astype(np.float32)
         return call.give(reference.top_k(scores, count, sorted_=sorted), "int32")

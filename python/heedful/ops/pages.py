@@ -126,7 +126,8 @@ def quantize_fp8(x: A, *, group_size: int = 128, backend: str = "auto") -> tuple
         from heedful.kernels import quantize as kernel
 
         with call.launching():
-            return kernel.quantize_fp8(view.data, group_size=group)
+            codes, scales = kernel.quantize_fp8(view.data, group_size=group)
+        return call.give(codes, "uint8"), call.give(scales, "float32")
     if call.reference:
         codes, scales = reference.quantize_fp8(view.float64(), group)
     else:
@@ -160,7 +161,8 @@ def quantize_int8(x: A, *, backend: str = "auto") -> tuple[A, A]:
         from heedful.kernels import quantize as kernel
 
         with call.launching():
-            return kernel.quantize_int8(view.data)
+            codes, scales = kernel.quantize_int8(view.data)
+        return call.give(codes, "int8"), call.give(scales, "float32")
     if call.reference:
         codes, scales = reference.quantize_int8(view.float64())
     else:
