@@ -203,7 +203,7 @@ def _selection_for_heedful(forward: Callable[..., Any], rotate: Callable[..., An
         cache: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        cache = kwargs.get("past_key_values", cache)  # its name in releases before 5.24
+        cache = kwargs.get("past_key_values", cache)  # its former name
         if self.config._attn_implementation != NAME or _must_fall_back(hidden_states):
             return forward(self, hidden_states, q_resid, position_embeddings, attention_mask, position_ids, cache=cache)
         R = self.qk_rope_head_dim
