@@ -78,6 +78,22 @@ def test_seeded_draws_repeat_and_are_the_cpus(gpu: torch.device, checkpoint: Pat
     assert tokens(llm, prompts(3), params) == tokens(llm, prompts(3), params)
 
 
+def test_a_step_waits_for_its_tokens_alone(gpu: torch.device, checkpoint: Path) -> None:
+    llm = LLM(checkpoint, device="cuda", **{**OPTIONS, "dtype": "bfloat16"})
+    tokens(llm, prompts(2))
+    runner = llm.engine.runner
+    llm.engine.add_request("one", prompts(1)[0], PARAMS)
+    for _ in range(3):  # a prompt, then decoding
+        step = llm.engine.scheduler.schedule()
+        assert step is not None
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            logits = runner.logits(runner.run(step), step.sample_rows)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        llm.engine.scheduler.update(logits.argmax(-1).int().cpu().numpy())
+
+
 def test_weights_and_caches_are_on_the_device(gpu: torch.device, checkpoint: Path) -> None:
     llm = LLM(checkpoint, device="cuda", **{**OPTIONS, "kv_cache_dtype": "fp8"})
     assert all(p.device.type == "cuda" for p in llm.engine.runner.model.parameters())

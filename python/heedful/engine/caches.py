@@ -11,7 +11,7 @@ import torch
 
 from heedful.config import ModelConfig
 from heedful.engine.cache_layout import BLOCK_SIZE, KVCacheDtype, cache_layout
-from heedful.engine.placement import Placement
+from heedful.engine.placement import Placement, to_device
 
 _LATENTS: dict[KVCacheDtype, torch.dtype] = {
     "float32": torch.float32,
@@ -56,7 +56,7 @@ class KVCaches:
 
     def copy_blocks(self, copies: np.ndarray) -> None:
         """Copies blocks in every cache, all sources before any target is written: int32 [c, 2] of (source, target)."""
-        sources, targets = torch.from_numpy(copies.astype(np.int64).T.copy()).to(self.latent[0].device)
+        sources, targets = to_device(torch.from_numpy(copies.astype(np.int64).T.copy()), self.latent[0].device)
         for cache in (*self.latent, *self.index):
             if cache is not None:
                 cache[targets] = cache[sources]

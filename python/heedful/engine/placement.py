@@ -94,6 +94,13 @@ class Placement:
         return GPU_MEMORY_SHARE if self.is_gpu else CPU_MEMORY_SHARE
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on a device, without waiting for what runs there; the tensor may be changed right afterwards."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 

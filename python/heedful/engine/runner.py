@@ -10,7 +10,7 @@ from heedful.engine.cache_layout import BLOCK_SIZE
 from heedful.engine.caches import KVCaches
 from heedful.engine.graphs import NO_SLOT, DecodeGraphs, Recorder
 from heedful.engine.paged_attention import AttentionMode, PagedAttention, StepLayout
-from heedful.engine.placement import Backend
+from heedful.engine.placement import Backend, to_device
 from heedful.models import DSAForCausalLM
 
 
@@ -92,4 +92,4 @@ class ModelRunner:
         return self.model.model(token_ids, positions, attention)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return to_device(torch.from_numpy(array), self.device)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from heedful.engine.outputs import Logprob, TokenLogprobs
+from heedful.engine.placement import to_device
 from heedful.engine.sampling_params import SamplingParams
 
 ROWS_AT_A_TIME = 64
@@ -67,7 +68,7 @@ def sample(logits: torch.Tensor, states: list[SamplingState]) -> np.ndarray:
         rows = [row for row in drawn if _has_filters(states[row].params) is filtered]
         for first in range(0, len(rows), ROWS_AT_A_TIME):
             part = rows[first : first + ROWS_AT_A_TIME]
-            where = torch.tensor(part, device=logits.device)
+            where = to_device(torch.tensor(part), logits.device)
             tokens[where] = _draw(logits[where], [states[row] for row in part], filtered)
     # One transfer carries both, because each waits for the device.
     result = torch.stack((tokens.double(), best.double())).cpu().numpy()
@@ -87,7 +88,7 @@ def _draw(logits: torch.Tensor, states: list[SamplingState], filtered: bool) -> 
         (state.uniform(), state.params.temperature, state.params.top_p, state.params.min_p, state.params.top_k)
         for state in states
     ]
-    columns = torch.tensor(values, dtype=torch.float64).to(logits.device).T[..., None]
+    columns = to_device(torch.tensor(values, dtype=torch.float64), logits.device).T[..., None]
     uniform, temperature, top_p, min_p, top_k = columns
     scaled = (logits.double() - logits.amax(-1, keepdim=True)) / temperature
     if not filtered:
@@ -127,7 +128,7 @@ def _penalize(logits: torch.Tensor, states: list[SamplingState]) -> torch.Tensor
         generated += [(row, token, frequency * count + presence) for token, count in counts.items()]
     for entries, change in ((repeated, _weaken), (generated, torch.sub)):
         if entries:
-            rows, tokens, amounts = torch.tensor(entries, dtype=torch.float64).to(logits.device).unbind(-1)
+            rows, tokens, amounts = to_device(torch.tensor(entries, dtype=torch.float64), logits.device).unbind(-1)
             where = (rows.long(), tokens.long())
             logits[where] = change(logits[where], amounts.float())
     return logits
