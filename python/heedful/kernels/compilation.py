@@ -152,7 +152,8 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for place, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        known = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or known:
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
@@ -164,7 +165,7 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
             signature[name], aligned = "i32" if -(2**31) <= value < 2**31 else "i64", value % _ALIGNMENT == 0
         else:
             signature[name], aligned = "fp32", False
-        if aligned:
+        if aligned and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
             attributes[(place,)] = [["tt.divisibility", _ALIGNMENT]]
     return signature, constants, attributes
 
