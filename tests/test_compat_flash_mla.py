@@ -145,7 +145,7 @@ def test_more_queries_than_the_cache_has_slots() -> None:
         ({"indices": None}, "block_table: expected int32 for dense attention, got None"),
         ({"k_cache": torch.zeros(1, 32, 1, 8)}, "k_cache: expected bfloat16 or float32 [num_blocks, 64, 1, width]"),
         ({"is_fp8_kvcache": True}, "k_cache: expected uint8 [num_blocks, 64, 1, width], got float32"),
-        ({"q": torch.zeros(1, 1, 8)}, "q: expected bfloat16 or float16 or float32 [b, s_q, h_q, d]"),
+        ({"q": torch.zeros(1, 1, 8)}, "q: expected float32 or bfloat16 or float16 [b, s_q, h_q, d]"),
         ({"topk_length": torch.zeros(3, dtype=torch.int32)}, "topk_length: expected int32 or int64 [b=1]"),
     ],
 )
@@ -169,7 +169,9 @@ def test_bad_arguments_of_prefill_are_refused_by_name() -> None:
         flash_mla_sparse_fwd(q, torch.zeros(5, 2, 8), indices, 1.0, 8)
     with pytest.raises(ValueError, match=r"indices: expected int32 \[s_q=2, 1, topk\]"):
         flash_mla_sparse_fwd(q, kv, indices[:, 0], 1.0, 8)
+    with pytest.raises(ValueError, match="sm_scale: expected a finite number, got nan"):
+        flash_mla_sparse_fwd(q, kv, indices, float("nan"), 8)
     with pytest.raises(ValueError, match="log_base: expected 2"):
         flash_mla_sparse_fwd(q, kv, indices, 1.0, 8, log_base=1.0)
-    with pytest.raises(ValueError, match="value_dim: expected an integer from 1 to 8, got 512"):
+    with pytest.raises(ValueError, match="d_v: expected an integer from 1 to 8, got 512"):
         flash_mla_sparse_fwd(q, kv, indices, 1.0)

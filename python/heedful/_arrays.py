@@ -8,6 +8,7 @@ own methods. NumPy has no bfloat16 and no FP8 of its own, so those cross as uint
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 import sys
@@ -217,6 +218,17 @@ def integer(name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
         raise ValueError(f"{name}: expected an integer from {low} to {high}, got {value!r}") from None
     if not low <= number <= high:
         raise ValueError(f"{name}: expected an integer from {low} to {high}, got {number}")
+    return number
+
+
+def finite(name: str, value: Any) -> float:
+    """`value` as a float; ValueError unless it is a finite number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, got {number}")
     return number
 
 

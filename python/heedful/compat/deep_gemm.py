@@ -28,6 +28,8 @@ def fp8_mqa_logits(
     cu_seq_len_k_end: torch.Tensor,
     clean_logits: bool = True,
     max_seqlen_k: int = 0,
+    *,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Index scores of a prefill: relu(q . k) weighed and summed over heads, times the key's scale.
 
@@ -39,6 +41,7 @@ def fp8_mqa_logits(
         cu_seq_len_k_end: [seq_len] int32, one past its last.
         clean_logits: accepted; columns outside the range are -inf in either case.
         max_seqlen_k: when positive, the width of the result, whose column 0 is then each range's first key.
+        backend: as for `heedful.ops`.
 
     Returns:
         float32 [seq_len, seq_len_kv], or [seq_len, max_seqlen_k].
@@ -48,7 +51,7 @@ def fp8_mqa_logits(
     """
     if not isinstance(kv, (tuple, list)) or len(kv) != 2:
         raise ValueError(f"kv: expected keys and their scales, got {type(kv).__name__}")
-    call = Arguments("auto")
+    call = Arguments(backend)
     query = call.take("q", q, _NUMBERS, "seq_len, heads, dim")
     keys = call.take("kv[0]", kv[0], _NUMBERS, "seq_len_kv, dim")
     scales = kv[1]
@@ -74,7 +77,7 @@ def fp8_mqa_logits(
             )
     else:
         last = torch.from_numpy(np.maximum(ends.astype(np.int64), 0) - 1)
-        logits = ops.index_scores(q, kv[0], weights, q_positions=last, k_scale=scales)
+        logits = ops.index_scores(q, kv[0], weights, q_positions=last, k_scale=scales, backend=backend)
         place = torch.arange(logits.shape[1])
         logits.masked_fill_(place < torch.from_numpy(starts)[:, None], -math.inf)
     return _from_start(logits, cu_seq_len_k_start, width) if width else logits
@@ -102,6 +105,8 @@ def fp8_paged_mqa_logits(
     schedule_metadata: Any,
     max_context_len: int,
     clean_logits: bool = False,
+    *,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Index scores of a decoding step over pages of FP8 keys.
 
@@ -115,6 +120,7 @@ def fp8_paged_mqa_logits(
         schedule_metadata: of `get_paged_mqa_logits_metadata`; not looked at.
         max_context_len: columns of the result.
         clean_logits: accepted; columns that a query does not see are -inf in either case.
+        backend: as for `heedful.ops`.
 
     Returns:
         float32 [batch * next_n, max_context_len].
@@ -122,7 +128,7 @@ def fp8_paged_mqa_logits(
     Raises:
         ValueError: an argument of another shape, dtype, device or value; it is named.
     """
-    call = Arguments("auto")
+    call = Arguments(backend)
     call.take("q", q, _NUMBERS, "batch, next_n, heads, dim")
     batch, next_n, _, dim = q.shape
     if isinstance(kv_cache, torch.Tensor) and kv_cache.dtype == torch.float8_e4m3fn:
@@ -135,8 +141,8 @@ def fp8_paged_mqa_logits(
         block_tables, context_lens = block_tables.repeat_interleave(next_n, 0), context_lens.flatten()
         batch, next_n = batch * next_n, 1
     short = None
-    if not call.triton and bool((context_lens < next_n).any()):
-        # Rows that only fill up a batch: the CPU's operators refuse more queries than keys, so they get any keys.
+    if q.device.type == "cpu" and bool((context_lens < next_n).any()):
+        # Rows that only fill up a batch: more queries than keys are refused where that can be seen, so they get any.
         short = (context_lens < next_n).repeat_interleave(next_n)
         ends = (context_lens[:, None] - next_n + 1 + torch.arange(next_n)).flatten()
         block_tables = block_tables.where((context_lens >= next_n)[:, None], 0)
@@ -150,6 +156,7 @@ def fp8_paged_mqa_logits(
         seq_lens=context_lens,
         query_start_loc=starts,
         max_seq_len=max_context_len,
+        backend=backend,
     )
     if short is not None:
         logits[short] = logits[short].masked_fill(torch.arange(max_context_len) >= ends[short, None], -math.inf)

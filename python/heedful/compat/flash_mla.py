@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from heedful import ops
-from heedful._arrays import Arguments
+from heedful._arrays import FLOATS, Arguments, finite, integer
 
 __all__ = ["FlashMLASchedMeta", "flash_mla_sparse_fwd", "flash_mla_with_kvcache", "get_mla_metadata"]
 
@@ -44,6 +44,7 @@ def flash_mla_sparse_fwd(
     topk_length: torch.Tensor | None = None,
     *,
     log_base: float = 2.0,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sparse attention of a prefill.
 
@@ -57,6 +58,7 @@ def flash_mla_sparse_fwd(
         topk_length: [s_q] int32: only the first of each query's indices count.
         log_base: of max_logits and lse: 2 as the README documents; math.e for releases of 2026, whose reference takes
             the natural logarithm.
+        backend: as for `heedful.ops`.
 
     Returns:
         out [s_q, h_q, d_v] in q's dtype; max_logits and lse float32 [s_q, h_q]. A query without a key has out 0,
@@ -67,19 +69,37 @@ def flash_mla_sparse_fwd(
     """
     if not (isinstance(log_base, (int, float)) and 1 < log_base < math.inf):
         raise ValueError(f"log_base: expected 2 or math.e, got {log_base!r}")
-    call = Arguments("auto")
-    call.take("q", q, ("bfloat16", "float16", "float32"), "s_q, h_q, d_qk")
-    call.take("kv", kv, ("bfloat16", "float16", "float32"), "s_kv, 1, d_qk")
+    call = Arguments(backend)
+    query = call.take("q", q, FLOATS, "s_q, h_q, d_qk")
+    keys = call.take("kv", kv, FLOATS, "s_kv, 1, d_qk")
     call.take("indices", indices, ("int32",), "s_q, 1, topk")
-    rows, chosen = kv[:, 0], indices[:, 0]
-    out, lse = ops.sparse_attention(
-        q, rows, chosen, scale=sm_scale, value_dim=d_v, sink=attn_sink, topk_length=topk_length
-    )
-    if topk_length is not None:
-        place = torch.arange(chosen.shape[1], device=chosen.device)
-        chosen = chosen.masked_fill(place >= topk_length.to(chosen.device)[:, None], -1)
+    sink = None if attn_sink is None else call.take("attn_sink", attn_sink, ("float32",), "h_q").data
+    lengths = None if topk_length is None else call.integers("topk_length", topk_length, "s_q", np.int32)
+    width, chosen = integer("d_v", d_v, 1, call.size("d_qk")), indices[:, 0]
+    sm_scale = finite("sm_scale", sm_scale)
+    if call.triton:
+        from heedful.kernels import sparse_attention as kernel
+
+        max_logits = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        with call.launching():
+            out, lse = kernel.sparse_attention(
+                query.data,
+                keys.data[:, 0],
+                chosen,
+                scale=sm_scale,
+                value_dim=width,
+                sink=sink,
+                topk_length=lengths,
+                max_logits=max_logits,
+            )
+    else:
+        rows = kv[:, 0]
+        out, lse = ops.sparse_attention(
+            q, rows, chosen, scale=sm_scale, value_dim=width, sink=attn_sink, topk_length=topk_length, backend=backend
+        )
+        max_logits = _max_logits(q, rows, chosen, lengths, sm_scale)
     units = 1.0 / math.log(log_base)
-    return out, _max_logits(q, rows, chosen, sm_scale) * units, _without_keys(lse) * units
+    return out, max_logits * units, _without_keys(lse) * units
 
 
 def flash_mla_with_kvcache(
@@ -99,6 +119,8 @@ def flash_mla_with_kvcache(
     extra_indices_in_kvcache: None = None,
     topk_length: torch.Tensor | None = None,
     extra_topk_length: None = None,
+    *,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a decoding step over a paged cache: sparse where `indices` are given, else dense.
 
@@ -117,6 +139,7 @@ def flash_mla_with_kvcache(
         attn_sink: [h_q] float32, added to the denominator as exp(attn_sink).
         topk_length: [b] int32: only the first of the indices count.
         extra_k_cache, extra_indices_in_kvcache, extra_topk_length: None; a second cache is not served.
+        backend: as for `heedful.ops`.
 
     Returns:
         out [b, s_q, h_q, head_dim_v] in q's dtype, lse float32 [b, h_q, s_q], the natural logarithm; +inf where a query
@@ -132,13 +155,14 @@ def flash_mla_with_kvcache(
     ):
         if value is not None:
             raise ValueError(f"{name}: expected None (a second cache is not served), got {type(value).__name__}")
-    call = Arguments("auto")
-    call.take("q", q, ("bfloat16", "float16", "float32"), "b, s_q, h_q, d")
+    call = Arguments(backend)
+    call.take("q", q, FLOATS, "b, s_q, h_q, d")
     b, s_q, _, d = q.shape
     cache = _one_head_cache(call, k_cache, is_fp8_kvcache)
     scale = d**-0.5 if softmax_scale is None else softmax_scale
     flat = q.flatten(0, 1)
     common: dict[str, Any] = {"scale": scale, "value_dim": head_dim_v, "cache": cache, "sink": attn_sink}
+    common["backend"] = backend
     if indices is not None:
         if causal:
             raise ValueError("causal: expected False with indices, got True")
@@ -179,21 +203,25 @@ def _without_keys(lse: torch.Tensor) -> torch.Tensor:
     return lse.masked_fill(lse == -math.inf, math.inf)
 
 
-def _max_logits(q: torch.Tensor, rows: torch.Tensor, chosen: torch.Tensor, scale: float) -> torch.Tensor:
+def _max_logits(
+    q: torch.Tensor, rows: torch.Tensor, chosen: torch.Tensor, lengths: np.ndarray | None, scale: float
+) -> torch.Tensor:
     """max over the chosen keys of scale q . k: float32 [T, H]; -inf without one.
 
-    Our operators do not return it and engines do not read it; it is computed anew, some queries at a time.
+    The CPU's operator does not return it and engines do not read it; it is computed anew, some queries at a time.
     """
     T, K = chosen.shape
-    largest = torch.full(q.shape[:2], -math.inf, dtype=torch.float32, device=q.device)
+    largest = torch.full(q.shape[:2], -math.inf, dtype=torch.float32)
     if K == 0 or len(rows) == 0:
         return largest
+    valid = (chosen >= 0) & (chosen < len(rows))
+    if lengths is not None:
+        valid &= torch.arange(K) < torch.from_numpy(lengths)[:, None]
     at_a_time = max(1, _MAX_LOGITS_BYTES // (K * (rows.shape[1] + q.shape[1]) * 4))
     with torch.no_grad():
         for first in range(0, T, at_a_time):
             part = slice(first, first + at_a_time)
-            valid = (chosen[part] >= 0) & (chosen[part] < len(rows))
-            keys = rows[chosen[part].where(valid, 0).long()]
+            keys = rows[chosen[part].where(valid[part], 0).long()]
             logits = torch.einsum("thd,tkd->thk", q[part].float(), keys.float()) * scale
-            largest[part] = logits.masked_fill(~valid[:, None], -math.inf).amax(-1)
+            largest[part] = logits.masked_fill(~valid[part, None], -math.inf).amax(-1)
     return largest

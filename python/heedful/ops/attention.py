@@ -14,13 +14,12 @@ of `heedful.kernels`, which round probabilities to the dtype of the rows.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
 from heedful import _core
-from heedful._arrays import FLOATS, A, Arguments, View, integer
+from heedful._arrays import FLOATS, A, Arguments, View, finite, integer
 from heedful.ops import reference
 from heedful.ops.pages import Batch, paged_arguments, storage
 
@@ -199,7 +198,7 @@ def _contiguous(
     positions = None if q_positions is None else call.integers("q_positions", q_positions, "T", np.int64)
     sinks = None if sink is None else call.take("sink", sink, ("float32",), "H")
     lengths = None if topk_length is None else call.integers("topk_length", topk_length, "T", np.int32)
-    scale = _scale(scale)
+    scale = finite("scale", scale)
     if call.triton:
         _check_heads(query, keys)
         return _launch_contiguous(call, query, keys, chosen, positions, scale, width, values, sinks, lengths)
@@ -239,7 +238,7 @@ def _paged(
     tables = _every_slot(call, pages) if batch[0] is None else paged_arguments(call, pages, *batch)
     sinks = None if sink is None else call.take("sink", sink, ("float32",), "H")
     lengths = None if topk_length is None else call.integers("topk_length", topk_length, "N", np.int32)
-    scale = _scale(scale)
+    scale = finite("scale", scale)
     if call.triton:
         return _launch_paged(call, query, chosen, pages, tables, scale, width, sinks, lengths)
     chosen = _shortened(chosen, lengths)
@@ -359,16 +358,6 @@ def _float64(view: View | None) -> Any:
 
 def _data(view: View | None) -> Any:
     return None if view is None else view.data
-
-
-def _scale(scale: Any) -> float:
-    try:
-        value = float(scale)
-    except (TypeError, ValueError):
-        raise ValueError(f"scale: expected a finite number, got {scale!r}") from None
-    if not math.isfinite(value):
-        raise ValueError(f"scale: expected a finite number, got {value}")
-    return value
 
 
 def _width(value_dim: Any, dim: int) -> int:
