@@ -174,6 +174,7 @@ def test_the_ways_to_run_experts_without_waiting_for_a_device_give_the_same(
         routing = router(x)
         expected = moe.experts._by_expert(x, routing)
         torch.testing.assert_close(moe.experts._grouped(x, routing), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moe.experts._gathered(x, routing), expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(moe.experts._every_expert(x, routing), expected, rtol=1e-4, atol=1e-5)
 
 
