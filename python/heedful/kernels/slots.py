@@ -6,6 +6,7 @@ Done once before attention, so that its programs, which are many a query, gather
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -69,7 +70,10 @@ def plan_slots(indices: torch.Tensor, batch: Batch, topk_length: torch.Tensor | 
     """The launch of `slots_of`."""
     (N, K), (tables, seq_lens, query_start_loc) = indices.shape, batch
     indices, tables = unit_stride(indices), unit_stride(tables)
-    arguments = {"indices": indices, "topk_length": None if topk_length is None else topk_length.contiguous()}
+    arguments: dict[str, Any] = {
+        "indices": indices,
+        "topk_length": None if topk_length is None else topk_length.contiguous(),
+    }
     arguments |= {"tables": tables, "seq_lens": seq_lens, "query_start_loc": query_start_loc}
     arguments |= {"out": torch.empty((N, K), dtype=torch.int32, device=indices.device)}
     arguments |= {"indices_row": indices.stride(0), "table_row": tables.stride(0), "K": K}

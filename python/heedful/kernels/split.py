@@ -6,6 +6,8 @@ and divided by the sum of the weights, parts are the softmax of all keys. Parts 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -89,7 +91,15 @@ def plan_merge(parts: torch.Tensor, part_lse: torch.Tensor, sink: torch.Tensor |
     T, splits, H, DV = parts.shape
     out = torch.empty((T, H, DV), dtype=dtype, device=parts.device)
     lse = torch.empty((T, H), dtype=torch.float32, device=parts.device)
-    arguments = {"parts": parts, "part_lse": part_lse, "out": out, "lse": lse, "splits": splits, "HEADS": H, "DV": DV}
+    arguments: dict[str, Any] = {
+        "parts": parts,
+        "part_lse": part_lse,
+        "out": out,
+        "lse": lse,
+        "splits": splits,
+        "HEADS": H,
+        "DV": DV,
+    }
     arguments |= {"sink": None if sink is None else sink.contiguous(), "SP": triton.next_power_of_2(splits)}
     arguments |= {"DVP": triton.next_power_of_2(DV), "AT_A_TIME": 8}
     return Launch(_merge_kernel, (T * H,), arguments, 4)
