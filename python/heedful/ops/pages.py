@@ -126,8 +126,8 @@ def quantize_fp8(x: A, *, group_size: int = 128, backend: str = "auto") -> tuple
         from heedful.kernels import quantize as kernel
 
         with call.launching():
-            codes, scales = kernel.quantize_fp8(view.data, group_size=group)
-        return call.give(codes, "uint8"), call.give(scales, "float32")
+            found = kernel.quantize_fp8(view.data, group_size=group)
+        return call.give(found[0], "uint8"), call.give(found[1], "float32")
     if call.reference:
         codes, scales = reference.quantize_fp8(view.float64(), group)
     else:
@@ -161,8 +161,8 @@ def quantize_int8(x: A, *, backend: str = "auto") -> tuple[A, A]:
         from heedful.kernels import quantize as kernel
 
         with call.launching():
-            codes, scales = kernel.quantize_int8(view.data)
-        return call.give(codes, "int8"), call.give(scales, "float32")
+            found = kernel.quantize_int8(view.data)
+        return call.give(found[0], "int8"), call.give(found[1], "float32")
     if call.reference:
         codes, scales = reference.quantize_int8(view.float64())
     else:
