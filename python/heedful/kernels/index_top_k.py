@@ -16,22 +16,19 @@ import torch
 import triton
 import triton.language as tl
 
+from heedful.kernels import tuning
 from heedful.kernels.compilation import Compilation, Launch
-from heedful.kernels.index_scores import (
+from heedful.kernels.index_scores import load_queries, load_weights, score_tiles, tile_of_queries, visible_tiles
+from heedful.kernels.index_scores import plan as plan_scores
+from heedful.kernels.scoring import (
     Scoring,
     Tiles,
     example,
     example_paged,
-    load_queries,
-    load_weights,
     operand_type,
-    score_tiles,
     scoring_arguments,
-    tile_of_queries,
     tiles_for,
-    visible_tiles,
 )
-from heedful.kernels.index_scores import plan as plan_scores
 from heedful.kernels.target import Target
 from heedful.kernels.top_k import MAX_K, candidates, consume, emit, load_block, select, sizes_for, sort, top_k
 
@@ -168,6 +165,26 @@ def fused_sizes(scoring: Scoring, k: int, dot: torch.dtype, target: Target) -> S
     return Sizes(tiles, selection.BLOCK, selection.CAP)
 
 
+def size_candidates(scoring: Scoring, k: int, dot: torch.dtype, target: Target) -> list[Sizes]:
+    """What a warm-up tries: the default first, then one block a multiprocessor with all its registers, and the whole
+    tile of `index_scores`."""
+    default = fused_sizes(scoring, k, dot, target)
+    whole = replace(default, tiles=tiles_for(scoring, dot, target))
+    free = [replace(sizes, blocks=1, tiles=replace(sizes.tiles, max_registers=None)) for sizes in (default, whole)]
+    return [default, whole, *free]
+
+
+def warm_up(scoring: Scoring, k: int) -> Sizes:
+    """Measures the candidates on the tensors of `scoring`, for shapes of its bucket."""
+    device = scoring.arguments["q"].device
+    target, out = Target.of(device), torch.empty((scoring.T, k), dtype=torch.int32, device=device)
+    candidates = size_candidates(scoring, k, operand_type(scoring.q_dtype, scoring.k_dtype, target), target)
+    key = (*scoring.bucket, *tuning.bucket(k))
+    return tuning.measure(
+        "index_top_k", key, target, candidates, lambda sizes: plan(scoring, k, False, out, target, sizes)
+    )
+
+
 def plan(
     scoring: Scoring,
     k: int,
@@ -179,7 +196,9 @@ def plan(
 ) -> list[Launch]:
     """The launches that write the selection to `out` [T, k]: of parts of the keys, merging them, in order of score."""
     dot = operand_type(scoring.q_dtype, scoring.k_dtype, target)
-    sizes = sizes or fused_sizes(scoring, k, dot, target)
+    if sizes is None:
+        key = (*scoring.bucket, *tuning.bucket(k))
+        sizes = tuning.choose("index_top_k", key, target, lambda: size_candidates(scoring, k, dot, target))
     num_tiles, slots = scoring.tiles(sizes.tiles.BT), sizes.blocks * target.num_sms
     if parts is None:
         parts = min(math.isqrt(scoring.S // k), slots // max(1, num_tiles))
