@@ -28,7 +28,7 @@ DTYPES = {
     "float8_e4m3fn": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
-few = settings(deadline=None, max_examples=60)
+few = settings(deadline=None, max_examples=40)
 
 
 def whole(rng: np.random.Generator, *shape: int) -> torch.Tensor:

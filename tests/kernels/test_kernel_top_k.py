@@ -47,7 +47,7 @@ def small(k: int, BLOCK: int) -> Sizes:
     return Sizes(BLOCK, 1 << (k + BLOCK - 1).bit_length(), num_warps=4)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(ROWS, st.integers(1, 60), st.sampled_from([8, 16, 64]), st.sampled_from([1, 1, 2, 5]), st.data())
 @example(np.full((1, 40), np.nan, np.float32), 3, 8, 2, None)
 @example(np.array([[-np.inf, np.nan, -3.4028235e38, np.nan, -np.inf] * 9], np.float32), 11, 8, 1, None)
@@ -114,12 +114,12 @@ def test_a_row_of_a_million(device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_and_strides(device: torch.device, dtype: torch.dtype) -> None:
     numbers = torch.from_numpy(np.random.default_rng(3).standard_normal((6, 300), np.float32)).to(device, dtype)
-    expected = reference.top_k(numbers.double().cpu().numpy(), 50)
-    np.testing.assert_array_equal(kernels.top_k(numbers, 50).cpu().numpy(), expected)
+    expected = reference.top_k(numbers.double().cpu().numpy(), 20)
+    np.testing.assert_array_equal(kernels.top_k(numbers, 20).cpu().numpy(), expected)
     apart = torch.full((6, 401), 99.0, dtype=dtype, device=device)[:, 1:301].copy_(numbers)
-    np.testing.assert_array_equal(kernels.top_k(apart, 50).cpu().numpy(), expected)
+    np.testing.assert_array_equal(kernels.top_k(apart, 20).cpu().numpy(), expected)
     across = numbers.t().contiguous().t()
-    np.testing.assert_array_equal(kernels.top_k(across, 50).cpu().numpy(), expected)
+    np.testing.assert_array_equal(kernels.top_k(across, 20).cpu().numpy(), expected)
 
 
 @few

@@ -75,17 +75,32 @@ def tile_of_queries(
 
 
 @triton.jit
+def visible_tiles(start, end, from_, to, S, BS: tl.constexpr):
+    """Whole tiles of the keys from_, ..., to - 1 that some query of a tile sees: [low, high), empty if low = high."""
+    low = tl.min(tl.where(start < end, start, S), axis=0) // BS * BS
+    low = tl.minimum(tl.maximum(low, from_), to)
+    return low, tl.maximum(tl.minimum(tl.cdiv(tl.max(end, axis=0), BS) * BS, to), low)
+
+
+@triton.jit
 def load_queries(
-    q, weights, first, count, stride_t, stride_h, weight_stride,
+    q, first, count, stride_t, stride_h,
     HEADS: tl.constexpr, DIM: tl.constexpr, BT: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """The heads of a tile of queries as columns, [DP, BT * HP], and their weights [BT * HP]; zeros beyond them."""
+    """The heads of a tile of queries as columns, [DP, BT * HP]; zeros beyond them."""
     places, dims = tl.arange(0, BT * HP), tl.arange(0, DP)
     row, head = first.to(tl.int64) + places // HP, places % HP
     there = (places // HP < count) & (head < HEADS)
     at = row[:, None] * stride_t + head[:, None] * stride_h + dims[None, :]
-    columns = as_operand(tl.load(q + at, mask=there[:, None] & (dims < DIM)[None, :], other=0.0), DOT)
-    return tl.trans(columns), tl.load(weights + row * weight_stride + head, mask=there, other=0.0)
+    return tl.trans(as_operand(tl.load(q + at, mask=there[:, None] & (dims < DIM)[None, :], other=0.0), DOT))
+
+
+@triton.jit
+def load_weights(weights, first, count, stride, HEADS: tl.constexpr, BT: tl.constexpr, HP: tl.constexpr):
+    """The weights of a tile of queries [BT * HP]; zeros beyond them."""
+    places = tl.arange(0, BT * HP)
+    row, head = first.to(tl.int64) + places // HP, places % HP
+    return tl.load(weights + row * stride + head, mask=(places // HP < count) & (head < HEADS), other=0.0)
 
 
 @triton.jit
@@ -157,15 +172,12 @@ def _index_scores_kernel(
     )
     if count > 0:
         from_, to = tl.program_id(1) * chunk, tl.minimum(tl.program_id(1) * chunk + chunk, S)
-        low = tl.min(tl.where(start < end, start, S), axis=0) // BS * BS
-        low = tl.minimum(tl.maximum(low, from_), to)
-        high = tl.maximum(tl.minimum(tl.cdiv(tl.max(end, axis=0), BS) * BS, to), low)
+        low, high = visible_tiles(start, end, from_, to, S, BS)
         out += first.to(tl.int64) * out_stride
         _fill(from_, low, out, out_stride, count, S, BT, 256)
         if low < high:
-            columns, w = load_queries(
-                q, weights, first, count, stride_t, stride_h, weight_stride, HEADS, DIM, BT, HP, DP, DOT
-            )
+            columns = load_queries(q, first, count, stride_t, stride_h, HEADS, DIM, BT, HP, DP, DOT)
+            w = load_weights(weights, first, count, weight_stride, HEADS, BT, HP)
             score_tiles(
                 low, high, out, out_stride, columns, w, start, end, count, S, keys, key_stride, scales,
                 tables + b.to(tl.int64) * table_stride if PAGED else None, page_stride, scale_stride,
@@ -376,6 +388,8 @@ def tiles_for(scoring: Scoring, dot: torch.dtype, target: Target) -> Tiles:
     while BS > 16 and (BS * BT * HP > 16384 or held + 2 * BS * row > 2 * room - 4096):
         BS //= 2
     stages = min(max((room - held) // (BS * row), 2), 4)
+    if scoring.num_seqs is not None:  # each tile is two loads, one after the other: the page's number, the page
+        stages = 2 * stages - 1
     wide = BT * HP >= 128
     converted = dot not in (scoring.q_dtype, scoring.k_dtype) or scoring.q_dtype != scoring.k_dtype
     limit = 128 if wide and target.hopper and not converted and dot != torch.float32 else None

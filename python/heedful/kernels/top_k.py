@@ -305,10 +305,15 @@ def select(
     if not sorted:
         return [_select(scores, positions, lengths, k, out, None, sizes, target, 1, part)]
     chosen, at = candidates(len(scores), k, out.device)
-    arguments = {"positions": at, "values": chosen, "out": out, "k": k, "out_stride": out.stride(0)}
+    return [_select(scores, positions, lengths, k, at, chosen, sizes, target, 1, part), sort(chosen, at, out)]
+
+
+def sort(scores: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> Launch:
+    """The launch that writes selected positions [T, k], which lie one after another, to `out` in order of score."""
+    T, k = scores.shape
     KP = triton.next_power_of_2(k)
-    sort = Launch(_sort_kernel, (len(scores),), arguments | {"KP": KP}, num_warps=min(max(KP // 256, 1), 16))
-    return [_select(scores, positions, lengths, k, at, chosen, sizes, target, 1, part), sort]
+    arguments = {"positions": positions, "values": scores, "out": out, "k": k, "out_stride": out.stride(0), "KP": KP}
+    return Launch(_sort_kernel, (T,), arguments, num_warps=min(max(KP // 256, 1), 16))
 
 
 def _select(
