@@ -20,6 +20,7 @@ from heedful import ops
 from heedful.kernels import slots as slots_kernel
 from heedful.kernels import sparse_attention as kernels
 from heedful.kernels import split as split_kernel
+from heedful.kernels.attention_tiles import tiles_for
 from heedful.kernels.rows import Rows
 from heedful.kernels.target import Target
 from heedful.ops import reference
@@ -291,16 +292,22 @@ def test_few_queries_are_cut_and_many_are_not() -> None:
 
 
 @given(
-    st.integers(1, 600), st.integers(0, 600), st.integers(1, 128), st.sampled_from([80, 86, 89, 90, 120]), st.booleans()
+    st.integers(1, 512), st.integers(0, 256), st.integers(1, 128), st.sampled_from([80, 86, 89, 90, 120]), st.booleans()
 )
-def test_configurations_fit_any_width(C: int, R: int, group: int, capability: int, codes: bool) -> None:
+def test_sizes_fit_the_card(C: int, R: int, group: int, capability: int, codes: bool) -> None:
     target = Target.cuda(capability)
     cache = torch.empty((1, 64, C + 4 * -(-C // 128) + 2 * R if codes else C + R), device="meta")
     cache = cache.to(torch.uint8 if codes else torch.bfloat16)
-    tiles = kernels.tiles_for(group, Rows.pages(cache, C + R, C), torch.bfloat16, True, target)
+    tiles = tiles_for(group, Rows.pages(cache, C + R, C), torch.bfloat16, True, target)
     assert 16 <= tiles.BH <= 64
     assert 16 <= tiles.BK <= 64
     assert tiles.stages >= 1
+
+
+def test_rows_too_wide_for_the_card_are_refused() -> None:
+    rows = Rows.contiguous(torch.empty((9, 4096), device="meta"), 4096, None)
+    with pytest.raises(ValueError, match=r"kv: rows of 4096 numbers do not fit the shared memory of sm_86"):
+        tiles_for(1, rows, torch.float32, True, Target.cuda(86))
 
 
 def test_pages_of_another_layout_are_refused(device: torch.device) -> None:

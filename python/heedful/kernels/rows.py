@@ -58,8 +58,10 @@ def read_part(
     if WIDTH != PADDED:
         mask = mask & (columns < WIDTH)[None, :]
     if BYTES:
-        return read_bfloat16(base, at[:, None] + 2 * columns[None, :], mask)
-    return tl.load(base + at[:, None] + columns[None, :], mask=mask, other=0.0)
+        numbers = read_bfloat16(base, at[:, None] + 2 * columns[None, :], mask)
+    else:
+        numbers = tl.load(base + at[:, None] + columns[None, :], mask=mask, other=0.0)
+    return numbers
 
 
 @triton.jit

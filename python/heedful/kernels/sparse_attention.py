@@ -8,13 +8,13 @@ for the logits is the tile of values. Where queries are few, the keys are cut to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from heedful.kernels.attention_tiles import operand_type, tiles_for
 from heedful.kernels.compilation import Compilation, Launch
 from heedful.kernels.rows import (
     PAGE,
@@ -27,7 +27,7 @@ from heedful.kernels.rows import (
 )
 from heedful.kernels.slots import Batch, sequence_of_query, slots_of
 from heedful.kernels.split import choose_splits, merge
-from heedful.kernels.target import KIB, Target
+from heedful.kernels.target import Target
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -78,7 +78,7 @@ def _attention_kernel(
         indices += t.to(tl.int64) * indices_row
         high = tl.minimum(K, low + chunk)
         if topk_length is not None:
-            high = tl.minimum(high, tl.load(topk_length + t))
+            high = tl.minimum(high, tl.load(topk_length + t)).to(tl.int32)
         high = last_valid(indices, low, high, S, 1024)
 
     within = block * BH + tl.arange(0, BH)
@@ -254,70 +254,6 @@ def _attend(
     return (out, lse) if splits == 1 else merge(out, lse, sink, q.dtype)
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Sizes of a program: BH heads of a query, BK keys at a time."""
-
-    BH: int
-    BK: int
-    num_warps: int
-    stages: int
-
-
-def operand_type(q: torch.dtype, rows: torch.dtype, target: Target) -> torch.dtype:
-    """The type in which products are taken: 16 bits where both sides have it. Codes times their scales are rounded to
-    bfloat16, as their published kernels do, if the queries are bfloat16."""
-    if target.interpreted:
-        return torch.float32
-    same = q == (torch.bfloat16 if rows == torch.uint8 else rows)
-    return q if same and q != torch.float32 else torch.float32
-
-
-def tiles_for(group: int, rows: Rows, dot: torch.dtype, gathered: bool, target: Target) -> Tiles:
-    """The sizes that are taken unless a table of measurements says otherwise.
-
-    Hopper: 64 heads and 64 keys are its warp groups' matrices; the queries and two tiles of 576 numbers fill the shared
-    memory, sums of 64 x 512 values half of the registers of 8 warps. Elsewhere a tile of 32 keys is multiplied while
-    the next is read, and as many heads share it as the shared memory holds. Stages are those of Triton's pipeline, of
-    which an index that leads to a row takes one more each.
-    """
-    CP, RP, VP = padded(rows.C), padded(rows.R), padded(rows.DV)
-    coded, narrow = rows.dtype == torch.uint8, dot == torch.float32
-    wide = target.hopper and not narrow and group > 32 and VP <= 512
-    if wide:
-        BH, BK, stages = 64, 64, 3 if RP else 2
-    elif narrow or coded or target.shared_memory < 160 * KIB:
-        BH, BK, stages = 16, 16 if narrow else 32, 5
-    else:
-        BH, BK, stages = min(64, max(16, triton.next_power_of_2(group))), 32, 5
-    while BH > 16 and BH * VP > 32 * 1024:
-        BH //= 2
-
-    def needed() -> int:
-        buffers = max(1, (stages - 1) // 2) + (wide and not coded)
-        number = dot.itemsize
-        row = (CP + RP + (VP if rows.apart else 0)) * number
-        if coded:
-            row = CP + 2 * RP + 16
-        converted = BK * CP * number if coded else 0
-        return BH * (CP + RP) * number + buffers * BK * row + converted
-
-    while needed() > target.shared_memory - 4 * KIB and (BH, BK, stages) != (16, 16, 1):
-        if stages > 3:
-            stages -= 2
-        elif BK > 16:
-            BK //= 2
-        elif BH > 16:
-            BH //= 2
-        else:
-            stages = 1
-    if not gathered:
-        stages = (stages + 1) // 2
-    if target.backend == "hip":
-        stages = min(stages, 2)
-    return Tiles(BH, BK, 8 if VP >= 256 else 4, stages)
-
-
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -450,39 +386,42 @@ def sparse_attention_paged_reference(
 
 
 def compilations(target: Target) -> list[Compilation]:
-    """Prefill of 4096 queries and decode of 64, 128 and 1, with the sizes of DeepSeek-V3.2, and others without."""
+    """Prefill of 4096 queries and decode of 64 and 1 with the sizes of DeepSeek-V3.2; other forms and dtypes."""
     found = []
-    for name, T, H, Dk, Dv, rows, form, main in _COMPILED:
+    for name, T, H, Dk, Dv, rows, form in _COMPILED:
         launch = example(T, H, Dk, Dv, rows, form, target)
         wgmma = rows != torch.float32 and H >= 64 and form != "apart"
-        found.append(Compilation(f"{name}, {H} heads, {Dk}/{Dv}, {str(rows)[6:]}", launch, main, wgmma))
+        found.append(Compilation(f"{name}, {H} heads, {Dk}/{Dv}, {str(rows)[6:]}", launch, True, wgmma))
     return found
 
 
 _COMPILED = (
-    ("prefill", 4096, 128, 576, 512, torch.bfloat16, "rows", True),
-    ("prefill, pages", 4096, 128, 576, 512, torch.bfloat16, "slots", True),
-    ("prefill, pages", 4096, 128, 576, 512, torch.uint8, "slots", True),
-    ("decode of 64", 64, 128, 576, 512, torch.uint8, "slots", True),
-    ("decode of 64", 64, 128, 576, 512, torch.bfloat16, "slots", True),
-    ("decode of 1", 1, 128, 576, 512, torch.uint8, "slots", True),
-    ("decode of 1", 1, 128, 576, 512, torch.bfloat16, "slots", True),
-    ("decode of 64", 64, 64, 576, 512, torch.uint8, "slots", True),
-    ("decode of 64", 64, 64, 576, 512, torch.bfloat16, "slots", True),
-    ("decode of 64", 64, 16, 576, 512, torch.uint8, "slots", True),
-    ("decode of 64", 64, 16, 576, 512, torch.bfloat16, "slots", True),
-    ("prefill", 4096, 64, 512, 512, torch.bfloat16, "rows", True),
-    ("prefill", 4096, 128, 576, 512, torch.float16, "rows", True),
-    ("dense", 4096, 128, 576, 512, torch.bfloat16, "dense", True),
-    ("dense, pages", 64, 128, 576, 512, torch.bfloat16, "dense pages", True),
-    ("dense, pages", 64, 128, 576, 512, torch.uint8, "dense pages", True),
-    ("prefill, a key a head", 4096, 128, 192, 128, torch.bfloat16, "apart", True),
-    ("prefill", 4096, 128, 576, 512, torch.float32, "rows", True),
+    ("prefill", 4096, 128, 576, 512, torch.bfloat16, "rows"),
+    ("prefill, pages", 4096, 128, 576, 512, torch.bfloat16, "slots"),
+    ("prefill, pages", 4096, 128, 576, 512, torch.uint8, "slots"),
+    ("decode of 64", 64, 128, 576, 512, torch.uint8, "slots"),
+    ("decode of 64", 64, 128, 576, 512, torch.bfloat16, "slots"),
+    ("decode of 1", 1, 128, 576, 512, torch.uint8, "slots"),
+    ("decode of 1", 1, 128, 576, 512, torch.bfloat16, "slots"),
+    ("decode of 64", 64, 64, 576, 512, torch.uint8, "slots"),
+    ("decode of 64", 64, 64, 576, 512, torch.bfloat16, "slots"),
+    ("decode of 64", 64, 16, 576, 512, torch.uint8, "slots"),
+    ("decode of 64", 64, 16, 576, 512, torch.bfloat16, "slots"),
+    ("prefill", 4096, 64, 512, 512, torch.bfloat16, "rows"),
+    ("prefill", 4096, 128, 576, 512, torch.float16, "rows"),
+    ("dense", 4096, 128, 576, 512, torch.bfloat16, "dense"),
+    ("dense, pages", 64, 128, 576, 512, torch.bfloat16, "dense pages"),
+    ("dense, pages", 64, 128, 576, 512, torch.uint8, "dense pages"),
+    ("prefill, a key a head", 4096, 128, 192, 128, torch.bfloat16, "apart"),
+    ("prefill", 4096, 128, 576, 512, torch.float32, "rows"),
+    ("sinks and lengths", 64, 12, 40, 30, torch.float16, "rows"),
+    ("sinks and lengths", 64, 12, 18, 13, torch.uint8, "slots"),
+    ("sinks and positions", 64, 12, 40, 40, torch.bfloat16, "dense"),
 )
 
 
 def example(T: int, H: int, Dk: int, Dv: int, dtype: torch.dtype, form: str, target: Target) -> Launch:
-    """The launch for 2048 keys of each of T queries, without memory."""
+    """The launch for 2048 keys of each of T queries, without memory; of 12 heads, with everything optional."""
 
     def empty(*shape: int, of: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")
@@ -497,4 +436,8 @@ def example(T: int, H: int, Dk: int, Dv: int, dtype: torch.dtype, form: str, tar
     else:
         width = Dv + 4 * -(-Dv // 128) + 2 * (Dk - Dv) if dtype == torch.uint8 else Dk
         rows = Rows.pages(empty(4096, PAGE, width, of=dtype), Dk, Dv)
-    return plan(q, rows, indices, Dk**-0.5, None, None, None, batch, target)[0]
+    sink = lengths = positions = None
+    if H == 12:
+        sink, lengths = empty(H, of=torch.float32), empty(T, of=torch.int64)
+        positions = None if form != "dense" else lengths
+    return plan(q, rows, indices, Dk**-0.5, sink, lengths, positions, batch, target)[0]

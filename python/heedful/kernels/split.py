@@ -6,6 +6,7 @@ and divided by the sum of the weights, parts are the softmax of all keys. Parts 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ def _merge_kernel(
     tl.store(out + row * DV + columns, acc.to(out.dtype.element_ty), mask=columns < DV)
 
 
+@functools.lru_cache(maxsize=1024)
 def choose_splits(programs: int, length: int, tile: int, num_sms: int) -> tuple[int, int]:
     """Into how many parts `length` keys are cut, and keys of a part (a multiple of `tile`).
 
