@@ -5,6 +5,7 @@ A tiny random model and few tokens: prefill in chunks, a ragged batch, decoding,
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 
 import oracle
 from heedful import LLM, RequestOutput, SamplingParams
+from heedful.engine.tuning import shapes_of, tune
+from heedful.kernels import tuning
 from stand_in_recorder import StandInRecorder
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, prompt_logprobs=0, logprobs=0)
@@ -69,6 +72,26 @@ def test_recorded_steps_of_kernels_give_the_same_tokens(device: torch.device, ch
     want = [o.outputs[0].token_ids for o in cpu.generate(prompts(), PARAMS, progress=False)]
     assert [o.outputs[0].token_ids for o in replayed.generate(prompts(), PARAMS, progress=False)] == want
     assert len(recorder.recordings) == 1
+
+
+def test_measured_configurations_are_kept_on_disk(
+    device: torch.device, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEEDFUL_CACHE_DIR", str(tmp_path))
+    tuning.forget()
+    runner = engine(checkpoint, device).engine.runner
+    assert list(tune(runner, [(2, 1, 64)])) == [(2, 1, 64)]
+    (table,) = (tmp_path / "kernels").glob("*.json")
+    (name,) = json.loads(table.read_text())
+    assert name.startswith("index_top_k ")
+    tuning.forget()
+
+
+def test_shapes_to_measure_are_those_of_recorded_steps_and_of_a_prompt() -> None:
+    assert shapes_of(3, 8192, 10_000) == [
+        (1, 1, 4096), (1, 1, 10_000), (2, 1, 4096), (2, 1, 10_000), (3, 1, 4096), (3, 1, 10_000), (1, 8192, 10_000),
+    ]  # fmt: skip
+    assert shapes_of(1, 8192, 100) == [(1, 1, 100), (1, 100, 100)]
 
 
 def test_index_keys_are_e4m3_for_the_kernels_and_int8_for_the_cpu(device: torch.device, checkpoint: Path) -> None:

@@ -24,6 +24,7 @@ from heedful.engine.paged_attention import AttentionMode
 from heedful.engine.placement import Placement
 from heedful.engine.runner import ModelRunner
 from heedful.engine.sampling_params import SamplingParams
+from heedful.engine.tuning import shapes_of, tune
 from heedful.memory import total_memory
 from heedful.models import load_model
 from heedful.weights import tensor_shapes
@@ -63,6 +64,8 @@ class LLM:
             TRITON_INTERPRET=1, slowly, to test them).
         enforce_eager: on a GPU, launch decoding steps kernel by kernel rather than as CUDA graphs, which are recorded
             while the model is loaded.
+        tune_kernels: measure the kernels' configurations for this model's shapes while it is loaded, with Triton's
+            backend; the tables are kept on disk, so later starts need not.
 
     Raises:
         ValueError: an argument, the configuration or a tensor is not what it must be; the message names it.
@@ -91,6 +94,7 @@ class LLM:
         seed: int = 0,
         backend: Literal["auto", "cpu", "triton"] = "auto",
         enforce_eager: bool = False,
+        tune_kernels: bool = False,
     ) -> None:
         placement = Placement.choose(device, backend)
         _check_choice("dtype", dtype, ("auto", "float32", "bfloat16"))
@@ -118,6 +122,10 @@ class LLM:
         self.caches = KVCaches(self.config, num_blocks, cache_dtype, placement)
         max_model_len = min(max_model_len, num_blocks * BLOCK_SIZE)
         runner = ModelRunner(network, self.caches, attention, placement.backend)
+        if tune_kernels and placement.backend == "triton":
+            shapes = shapes_of(max_num_seqs, max_batched_tokens, max_model_len)
+            for _ in tqdm(tune(runner, shapes), total=len(shapes), desc="Measuring", unit="shape", leave=False):
+                pass
         if placement.is_gpu:
             runner.warm_up(min(max_batched_tokens, max_model_len))
         if placement.is_gpu and not enforce_eager:
