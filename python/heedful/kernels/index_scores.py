@@ -114,7 +114,7 @@ def load_weights(weights, first, count, stride, HEADS: tl.constexpr, BT: tl.cons
 def score_tiles(
     low, high, out, out_stride, columns, w, start, end, count, S, keys, key_stride, scales, table, page_stride,
     scale_stride, HEADS: tl.constexpr, DIM: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, HP: tl.constexpr,
-    DP: tl.constexpr, DOT: tl.constexpr, PAGED: tl.constexpr, STAGES: tl.constexpr,
+    DP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PAGED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes the scores of keys low, ..., high - 1 (`low` a multiple of BS) to out[row, key], -inf where not visible.
 
@@ -138,7 +138,7 @@ def score_tiles(
         if DOT == tl.int8:
             z = tl.dot(tile, columns, out_dtype=tl.int32).to(tl.float32)
         else:
-            z = tl.dot(tile, columns, input_precision="tf32x3")
+            z = tl.dot(tile, columns, input_precision=PRECISION)
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :]
         if HP != HEADS:  # a key of infinities times the padding's zeros
             z = tl.where(real[None, :], z, 0.0)
@@ -171,7 +171,7 @@ def _index_scores_kernel(
     q, weights, keys, scales, out, starts, ends, tables, seq_lens, query_start_loc, T, S, num_seqs, stride_t, stride_h,
     weight_stride, key_stride, page_stride, scale_stride, table_stride, out_stride, chunk, HEADS: tl.constexpr,
     DIM: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr,
-    PAGED: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, PAGED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile of queries over a chunk of the keys."""
     first, count, start, end, b = tile_of_queries(
@@ -188,7 +188,7 @@ def _index_scores_kernel(
             score_tiles(
                 low, high, out, out_stride, columns, w, start, end, count, S, keys, key_stride, scales,
                 tables + b.to(tl.int64) * table_stride if PAGED else None, page_stride, scale_stride,
-                HEADS, DIM, BT, BS, HP, DP, DOT, PAGED, STAGES,
+                HEADS, DIM, BT, BS, HP, DP, DOT, PRECISION, PAGED, STAGES,
             )  # fmt: skip
         _fill(high, to, out, out_stride, count, S, BT, 256)
 

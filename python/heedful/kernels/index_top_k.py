@@ -44,8 +44,8 @@ def _index_top_k_kernel(
     q, weights, keys, scales, starts, ends, tables, seq_lens, query_start_loc, T, S, num_seqs, stride_t, stride_h,
     weight_stride, key_stride, page_stride, scale_stride, table_stride, out, out_values, values, places, scores,
     num_tiles, k, parts, part, out_stride, HEADS: tl.constexpr, DIM: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
-    HP: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr, PAGED: tl.constexpr, STAGES: tl.constexpr,
-    CAP: tl.constexpr, BLOCK: tl.constexpr,
+    HP: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PAGED: tl.constexpr,
+    STAGES: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tiles of queries in turn, each over `parts` parts of the keys."""
     program = tl.program_id(0).to(tl.int64)
@@ -69,7 +69,7 @@ def _index_top_k_kernel(
                 score_tiles(
                     begin, stop, scores - begin, BLOCK, columns, w, start, end, count, S, keys, key_stride, scales,
                     tables + b.to(tl.int64) * table_stride if PAGED else None, page_stride, scale_stride,
-                    HEADS, DIM, BT, BS, HP, DP, DOT, PAGED, STAGES,
+                    HEADS, DIM, BT, BS, HP, DP, DOT, PRECISION, PAGED, STAGES,
                 )  # fmt: skip
                 tl.debug_barrier()  # scores were written by other threads
                 for t in range(0, count):

@@ -193,7 +193,9 @@ def scoring_arguments(scoring: Scoring, dot: torch.dtype, tiles: Tiles, target: 
     arguments["q"], arguments["keys"] = (bytes_if_needed(arguments[name], target) for name in ("q", "keys"))
     arguments |= {"HEADS": scoring.heads, "DIM": scoring.dim, "BT": tiles.BT, "BS": tiles.BS, "HP": tiles.HP}
     arguments |= {"DP": tiles.DP, "DOT": _TYPES[dot], "PAGED": scoring.num_seqs is not None}
-    return arguments | {"STAGES": tiles.stages}
+    # float32 by three products of tensor cores, which loses the last bits of a float32 product, or by none of them
+    precision = "tf32x3" if dot == torch.float32 and target.backend == "cuda" else "ieee"
+    return arguments | {"PRECISION": precision, "STAGES": tiles.stages}
 
 
 def example(T: int, S: int, heads: int, q_dtype: torch.dtype, k_dtype: torch.dtype) -> Scoring:
