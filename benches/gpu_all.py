@@ -56,7 +56,7 @@ def main() -> int:
     print(f"{len(checks) - len(failed)} of {len(checks)} checks passed, {time.monotonic() - started:.0f} s")
     if args.dry or (failed and not args.force):
         return 1 if failed else 0
-    record = _measure(device, args.only or CASES, left)
+    record = _measure(device, args.only or CASES, args.tune, left)
     record["checks"] = checks
     record["seconds"] = time.monotonic() - started
     if not args.no_write:
@@ -70,6 +70,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="which GPU (default: cuda)")
     parser.add_argument("--only", nargs="+", choices=CASES, metavar="CASE", help=f"of {', '.join(CASES)}")
     parser.add_argument("--seconds", type=float, default=500.0, help="cases that would begin later are left out")
+    parser.add_argument("--tune", action="store_true", help="first measure configurations, and keep them on disk")
     parser.add_argument("--force", action="store_true", help="time even if a check failed")
     parser.add_argument("--no-write", action="store_true", help="print only")
     return parser.parse_args()
@@ -100,7 +101,7 @@ def _check(device: Any, dry: bool) -> Iterator[dict[str, Any]]:
         yield found
 
 
-def _measure(device: Any, names: Any, left: Any) -> dict[str, Any]:
+def _measure(device: Any, names: Any, tune: bool, left: Any) -> dict[str, Any]:
     """Rows of every case that time is left for."""
     import torch
 
@@ -111,7 +112,10 @@ def _measure(device: Any, names: Any, left: Any) -> dict[str, Any]:
     record: dict[str, Any] = {"machine": gpu_timing.machine(device), "ceilings": gpu_timing.ceilings(device)}
     ceilings = record["ceilings"]
     print(json.dumps(record, indent=1))
-    record["rows"], record["left_out"] = [], []
+    record["rows"], record["left_out"], record["tuned"] = [], [], []
+    for line in gpu_cases.tune(device, left) if tune else ():
+        record["tuned"].append(line)
+        print(line, flush=True)
     for case in gpu_cases.CASES:
         if case.__name__ not in names:
             continue

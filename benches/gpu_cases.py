@@ -367,3 +367,42 @@ def crossovers(points: list[Point]) -> dict[str, str]:
         ]
         found[phase] = f"{wins[0]} tokens" if wins else "not reached"
     return found
+
+
+# -- tuning ------------------------------------------------------------------------------------------------------------
+
+
+def tune(device: torch.device, left: Callable[[], float]) -> Iterator[str]:
+    """Measures configurations for the shapes above and keeps them, so that what follows is timed with the quickest."""
+    from heedful.kernels import index_scores, index_top_k
+    from heedful.kernels import top_k as selection
+
+    def contiguous(T: int, S: int) -> index_scores.Scoring:
+        q, k = _normal(device, 1, T, HI, DI, dtype=FP8), _normal(device, 2, S, DI, dtype=FP8)
+        ends = torch.arange(S - T + 1, S + 1, dtype=torch.int32, device=device)
+        weights = _normal(device, 3, T, HI, dtype=torch.float32)
+        return index_scores.Scoring.contiguous(q, k, weights, None, ends, torch.ones(S, device=device))
+
+    def paged(B: int, S: int) -> index_scores.Scoring:
+        cache = torch.zeros(B * S // BLOCK, BLOCK * (DI + 4), dtype=torch.uint8, device=device)
+        tables = torch.randperm(len(cache), device=device).int().view(B, -1)
+        lens, starts = torch.full((B,), S, dtype=torch.int32, device=device), torch.arange(B + 1, device=device).int()
+        q, weights = _normal(device, 1, B, HI, DI, dtype=FP8), _normal(device, 2, B, HI, dtype=torch.float32)
+        return index_scores.Scoring.paged(q, weights, cache, tables, lens, starts, S)
+
+    steps: list[tuple[str, Call]] = [
+        (f"index_top_k 4096 x {S}", lambda S=S: index_top_k.warm_up(contiguous(4096, S), K)) for S in (32768, 131072)
+    ]
+    steps.append(("index_scores 4096 x 131072", lambda: index_scores.warm_up(contiguous(4096, 131072))))
+    for B in (1, 16, 64):
+        steps.append((f"index_scores over pages, {B}", lambda B=B: index_scores.warm_up(paged(B, 131072))))
+        steps.append((f"index_top_k over pages, {B}", lambda B=B: index_top_k.warm_up(paged(B, 131072), K)))
+    for T in (4096, 64):
+        scores = functools.partial(_normal, device, 1, T, 131072, dtype=torch.float32)
+        steps.append((f"top_k of {T} rows", lambda scores=scores: selection.warm_up(scores(), K)))
+    for name, measure in steps:
+        if left() < 240:
+            yield f"{name}: left out, for want of time"
+            continue
+        yield f"{name}: {measure()}"
+        torch.cuda.empty_cache()
