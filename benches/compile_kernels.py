@@ -33,8 +33,8 @@ HEADER = """# Kernels, compiled ahead of time
 
 `python benches/compile_kernels.py --write` with triton {triton}, torch {torch}, no GPU at hand. One row a kernel and
 card, in the configuration that its launcher takes there. Spills are bytes of stack a thread (spilled registers on
-gfx942); shared memory is that of a block, beside its limit. "main": held by the tests to having no spills on sm_80, sm_90
-and sm_120, and on sm_90, where matrices are multiplied, to using wgmma.
+gfx942); shared memory is that of a block, beside its limit. "main": held by the tests to having no spills on sm_80,
+sm_90 and sm_120, and on sm_90, where matrices are multiplied, to using wgmma.
 
 """
 

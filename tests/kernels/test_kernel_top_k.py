@@ -47,7 +47,7 @@ def small(k: int, BLOCK: int) -> Sizes:
     return Sizes(BLOCK, 1 << (k + BLOCK - 1).bit_length(), num_warps=4)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=50)
 @given(ROWS, st.integers(1, 60), st.sampled_from([8, 16, 64]), st.sampled_from([1, 1, 2, 5]), st.data())
 @example(np.full((1, 40), np.nan, np.float32), 3, 8, 2, None)
 @example(np.array([[-np.inf, np.nan, -3.4028235e38, np.nan, -np.inf] * 9], np.float32), 11, 8, 1, None)
@@ -97,6 +97,12 @@ def test_long_rows_in_any_order(device: torch.device, order: str, k: int, parts:
 def test_k_of_every_size(device: torch.device, k: int, sorted_: bool) -> None:
     scores = np.stack([rows("random", 20_000), rows("few values", 20_000)])
     np.testing.assert_array_equal(select(device, scores, k, sorted=sorted_), reference.top_k(scores, k, None, sorted_))
+
+
+def test_two_k_of_one_size_keep_apart(device: torch.device) -> None:
+    scores = rows("random", 12_000)[None]
+    for k in (5000, 8192):
+        np.testing.assert_array_equal(select(device, scores, k, sorted=False), reference.top_k(scores, k, None, False))
 
 
 def test_a_k_beyond_the_kernel_is_sorted_by_torch(device: torch.device) -> None:

@@ -179,7 +179,7 @@ def warm_up(scoring: Scoring, k: int) -> Sizes:
     device = scoring.arguments["q"].device
     target, out = Target.of(device), torch.empty((scoring.T, k), dtype=torch.int32, device=device)
     candidates = size_candidates(scoring, k, operand_type(scoring.q_dtype, scoring.k_dtype, target), target)
-    key = (*scoring.bucket, *tuning.bucket(k))
+    key = (*scoring.bucket, str(k))
     return tuning.measure(
         "index_top_k", key, target, candidates, lambda sizes: plan(scoring, k, False, out, target, sizes)
     )
@@ -197,7 +197,7 @@ def plan(
     """The launches that write the selection to `out` [T, k]: of parts of the keys, merging them, in order of score."""
     dot = operand_type(scoring.q_dtype, scoring.k_dtype, target)
     if sizes is None:
-        key = (*scoring.bucket, *tuning.bucket(k))
+        key = (*scoring.bucket, str(k))
         sizes = tuning.choose("index_top_k", key, target, lambda: size_candidates(scoring, k, dot, target))
     num_tiles, slots = scoring.tiles(sizes.tiles.BT), sizes.blocks * target.num_sms
     if parts is None:

@@ -79,7 +79,7 @@ class Scoring:
         rows = self.T if self.num_seqs is None else self.num_seqs
         form = "contiguous" if self.num_seqs is None else "paged"
         dtypes = self.q_dtype, self.k_dtype
-        return tuning.bucket(form, rows, self.tokens_per_seq, self.S, self.heads, self.dim, *dtypes)
+        return tuning.bucket(form, rows, self.tokens_per_seq, self.S, str(self.heads), str(self.dim), *dtypes)
 
     @property
     def tokens_per_seq(self) -> int:

@@ -276,7 +276,7 @@ def warm_up(scores: torch.Tensor, k: int) -> Sizes:
     """Measures the candidates on `scores` [T, S], for shapes of its bucket."""
     (T, S), target = scores.shape, Target.of(scores)
     out = torch.empty((T, k), dtype=torch.int32, device=scores.device)
-    key = tuning.bucket(T, S, k)
+    key = tuning.bucket(T, S, str(k))
     return tuning.measure(
         "top_k", key, target, size_candidates(k), lambda sizes: plan(scores, k, None, False, out, target, sizes)
     )
@@ -294,7 +294,7 @@ def plan(
 ) -> list[Launch]:
     """The launches that write the selection to `out` [T, k]: of parts of rows, of rows, in order of score."""
     T, S = scores.shape
-    sizes = sizes or tuning.choose("top_k", tuning.bucket(T, S, k), target, lambda: size_candidates(k))
+    sizes = sizes or tuning.choose("top_k", tuning.bucket(T, S, str(k)), target, lambda: size_candidates(k))
     scores = scores if scores.stride(1) == 1 or S == 1 else scores.contiguous()
     if parts is None:  # a part reads S / parts scores, then one program reads the best k of each part
         parts = min(math.isqrt(S // k), 2 * target.num_sms // max(1, T))

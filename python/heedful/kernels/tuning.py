@@ -38,7 +38,8 @@ _chosen: dict[tuple[Any, ...], Any] = {}
 
 
 def bucket(*sizes: int | str | torch.dtype) -> tuple[int | str, ...]:
-    """A key of shapes that are served alike: numbers rounded up to powers of two, dtypes by name."""
+    """A key of shapes that are served alike: numbers rounded up to powers of two, dtypes by name, text as it is: what
+    candidates depend on exactly must be text."""
     return tuple(triton.next_power_of_2(x) if isinstance(x, int) else str(x).removeprefix("torch.") for x in sizes)
 
 
