@@ -1,8 +1,8 @@
 """Correctness of the operators on a GPU (or, small, in Triton's interpreter) against float64 in plain torch.
 
 Each check goes through `heedful.ops`, as users do, and returns the largest error beside the bound it must keep. Bounds
-are those of the arithmetic: float32 sums of exact products for scores; for attention a probability and a value rounded
-to bfloat16 each, 2^-8 together, of values that are below 5.
+are those of the arithmetic: float32 sums of exact products for scores (FP8 matrix units keep some 14 bits of a sum); for
+attention a probability and a value rounded to bfloat16 each, 2^-8 together, of values that are below 5.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def check_scores(inputs: Inputs) -> Result:
     ours = ops.index_scores(q, k, weights, q_positions=positions, k_scale=scale, backend=inputs.backend)
     true = true_scores(q.float(), k.float(), weights, positions + 1) * scale.double()
     largest = float(true[true.isfinite()].abs().max()) if true.isfinite().any() else 1.0
-    return Result("index_scores, FP8", difference(ours, true) / largest, 1e-5)
+    return Result("index_scores, FP8", difference(ours, true) / largest, _score_bound(inputs))
 
 
 def check_paged_scores(inputs: Inputs) -> Result:
@@ -195,7 +195,7 @@ def check_paged_scores(inputs: Inputs) -> Result:
         ends = len(slots) - count + 1 + torch.arange(count, device=inputs.device)
         true[rows, : len(slots)] = true_scores(q[rows].float(), keys[slots], weights[rows], ends)
     largest = float(true[true.isfinite()].abs().max())
-    return Result("index_scores over pages, FP8", difference(ours, true) / largest, 1e-5)
+    return Result("index_scores over pages, FP8", difference(ours, true) / largest, _score_bound(inputs))
 
 
 def check_top_k(inputs: Inputs) -> Result:
@@ -219,6 +219,11 @@ def check_fused(inputs: Inputs) -> Result:
     two = ops.top_k(ops.index_scores(q, k, weights, backend=inputs.backend), s.K, backend=inputs.backend)
     wrong = int((ours != two).sum())
     return Result("index_top_k, as the two calls", wrong, 0.0, f"{wrong} of {two.numel()} places differ")
+
+
+def _score_bound(inputs: Inputs) -> float:
+    """Of scores of FP8 codes, against the largest of them."""
+    return 1e-5 if inputs.device.type == "cpu" else 2e-3
 
 
 def _attention_bound(inputs: Inputs) -> float:

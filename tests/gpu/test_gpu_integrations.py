@@ -34,6 +34,13 @@ def test_flash_mla(gpu: torch.device) -> None:
         torch.testing.assert_close(one.cpu(), expected, atol=3e-2, rtol=3e-2)
 
 
+def close_scores(got: torch.Tensor, want: torch.Tensor) -> None:
+    """FP8 matrix units keep some 14 bits of a sum."""
+    assert torch.equal(got.cpu().isneginf(), want.isneginf())
+    seen = want.isfinite()
+    assert (got.cpu() - want)[seen].abs().max() < 2e-3 * want[seen].abs().max()
+
+
 def test_deep_gemm(gpu: torch.device) -> None:
     torch.manual_seed(0)
     q, k = torch.randn(20, 64, 128).to(torch.float8_e4m3fn), torch.randn(300, 128).to(torch.float8_e4m3fn)
@@ -42,14 +49,14 @@ def test_deep_gemm(gpu: torch.device) -> None:
     want = fp8_mqa_logits(q, (k, scale), weights, starts, ends)
     on = [x.to(gpu) for x in (q, k, scale, weights, starts, ends)]
     got = fp8_mqa_logits(on[0], (on[1], on[2]), *on[3:])
-    torch.testing.assert_close(got.cpu(), want, atol=1e-2, rtol=1e-4)
+    close_scores(got, want)
     cache = torch.zeros(6, 64, 1, 132, dtype=torch.uint8)
     ops.write_index_cache(torch.randn(384, 128), cache[:, :, 0], torch.arange(384))
     q, weights = torch.randn(2, 2, 64, 128).to(torch.float8_e4m3fn), torch.randn(4, 64)
     lens, table = torch.tensor([150, 0], dtype=torch.int32), torch.tensor([[4, 1, 5], [0, 0, 0]], dtype=torch.int32)
     want = fp8_paged_mqa_logits(q, cache, weights, lens, table, None, 192)
     got = fp8_paged_mqa_logits(*(x.to(gpu) for x in (q, cache, weights, lens, table)), None, 192)
-    torch.testing.assert_close(got.cpu(), want, atol=1e-2, rtol=1e-4)
+    close_scores(got, want)
 
 
 @torch.no_grad()
