@@ -47,6 +47,8 @@ def tiles_for(group: int, rows: Rows, dot: torch.dtype, gathered: bool, target: 
     wide = target.hopper and not narrow and group > 32 and VP <= 512
     if wide:
         BH, BK, stages = 64, 64, 3 if RP else 2
+    elif target.backend == "hip":
+        BH, BK, stages = 16, 16, 3
     elif narrow or coded or target.shared_memory < 160 * KIB:
         BH, BK, stages = 16, 16 if narrow else 32, 5
     else:
@@ -61,7 +63,9 @@ def tiles_for(group: int, rows: Rows, dot: torch.dtype, gathered: bool, target: 
         if coded:
             row = CP + 2 * RP + 16
         converted = BK * CP * number if coded else 0
-        return BH * (CP + RP) * number + buffers * BK * row + converted
+        queries, keys = BH * (CP + RP) * number, buffers * BK * row + converted
+        # AMD's matrix instructions take queries from registers: shared memory holds them on the way there alone.
+        return max(queries, keys) if target.backend == "hip" else queries + keys
 
     while needed() > room and (BH, BK, stages) != (16, 16, 1):
         if stages > 3:

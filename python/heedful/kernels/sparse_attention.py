@@ -46,7 +46,7 @@ def last_valid(indices, low, high, S, WIDTH: tl.constexpr):
     return end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "num_seqs"])
 def _attention_kernel(
     q, kc, kr, ks, v, indices, topk_length, sink, positions, tables, seq_lens, query_start_loc, out, lse,
     q_row, q_head, kc_row, kc_head, kr_row, ks_row, v_row, v_head, indices_row, table_row, T, S, K, num_seqs,
@@ -90,9 +90,10 @@ def _attention_kernel(
     if low < high:
         q += t.to(tl.int64) * q_row
         kc += group.to(tl.int64) * kc_head
-        qc = read_part(q, head, q_head, mine, C, CP, False, 0).to(DOT)
+        qc = read_part(q, head.to(tl.int64), q_head, mine, C, CP, False, 0).to(DOT)
         if R > 0:
-            qr = read_part(q + C, head, q_head, mine, R, RP, False, 0).to(DOT)
+            qr = read_part(q + C, head.to(tl.int64), q_head, mine, R, RP, False, 0).to(DOT)
+        rows = (tl.zeros([BK], tl.int32) + S).to(tl.uint32, bitcast=True)
         for first in tl.range(low, high, BK, num_stages=STAGES):
             at = first + tl.arange(0, BK)
             if indices is not None:
@@ -104,7 +105,7 @@ def _attention_kernel(
                 if PAGED:  # BK divides the page
                     page = tl.load(tables + first // 64).to(tl.int64)
                     slot = page * 64 + (at % 64)
-            there = index.to(tl.uint32, bitcast=True) < S.to(tl.uint32)  # neither negative nor too large
+            there = index.to(tl.uint32, bitcast=True) < rows  # neither negative nor too large
             keys = read_part(kc, slot, kc_row, there, C, CP, False, 0)
             if ks is not None:
                 keys = times_scales(keys, ks, slot, ks_row, there, C, CP, BK, BYTES)

@@ -19,7 +19,7 @@ from heedful.kernels.target import Target
 MOST = 64  # parts: a program of the merge holds their weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
     parts, part_lse, out, lse, sink, splits, HEADS: tl.constexpr, DV: tl.constexpr, SP: tl.constexpr, DVP: tl.constexpr,
     AT_A_TIME: tl.constexpr,
