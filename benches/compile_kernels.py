@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for cards that need not be there, and prints registers, spills and shared memory.
 
-    python benches/compile_kernels.py [--capabilities 80 90 120] [--only index_scores] [--main] [--json] [--write]
+    python benches/compile_kernels.py [--cards 80 90 120 gfx942] [--only index_scores] [--main] [--json] [--write]
 
 Each file of `heedful.kernels` that has a function `compilations(target)` takes part. `--write` puts the table into
 benches/results/kernels-compiled.md. The status is 1 if a kernel cannot be compiled.
@@ -32,9 +32,9 @@ RESULTS = Path(__file__).parent / "results" / "kernels-compiled.md"
 HEADER = """# Kernels, compiled ahead of time
 
 `python benches/compile_kernels.py --write` with triton {triton}, torch {torch}, no GPU at hand. One row a kernel and
-card, in the configuration that its launcher takes there. Spills are bytes of stack a thread; shared memory is that of a
-block, beside its limit. "main": held by the tests to having no spills, and on sm_90, where matrices are multiplied, to
-using wgmma.
+card, in the configuration that its launcher takes there. Spills are bytes of stack a thread (spilled registers on
+gfx942); shared memory is that of a block, beside its limit. "main": held by the tests to having no spills on sm_80,
+sm_90 and sm_120, and on sm_90, where matrices are multiplied, to using wgmma.
 
 """
 
@@ -44,13 +44,13 @@ def modules() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(heedful.kernels.__path__))
 
 
-def measure(names: list[str], capabilities: list[int], main_alone: bool) -> list[dict[str, Any]]:
+def measure(names: list[str], cards: list[str], main_alone: bool) -> list[dict[str, Any]]:
     """A row for each compilation; progress goes to stderr."""
     rows = []
     for name in names:
         module = importlib.import_module(f"heedful.kernels.{name}")
-        for capability in capabilities if hasattr(module, "compilations") else ():
-            target = Target.cuda(capability)
+        for card in cards if hasattr(module, "compilations") else ():
+            target = Target.cuda(int(card)) if card.isdecimal() else Target.hip(card)
             for compilation in module.compilations(target):
                 if main_alone and not compilation.main:
                     continue
@@ -92,13 +92,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90, 120])
+    parser.add_argument("--cards", nargs="+", default=["80", "90", "120"], help="compute capabilities, or gfx942")
     parser.add_argument("--only", nargs="+", default=modules(), choices=modules(), metavar="MODULE")
     parser.add_argument("--main", action="store_true", help="the main configurations alone")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     args = parser.parse_args()
-    rows = measure(args.only, args.capabilities, args.main)
+    rows = measure(args.only, args.cards, args.main)
     if args.write:
         RESULTS.write_text(HEADER.format(triton=triton.__version__, torch=torch.__version__) + table(rows))
     print(json.dumps(rows) if args.json else table(rows))

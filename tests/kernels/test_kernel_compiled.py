@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).parents[2] / "benches" / "compile_kernels.py"
 @functools.cache
 def rows(capability: int) -> list[dict[str, Any]]:
     """What the script found of the main configurations."""
-    command = [sys.executable, str(SCRIPT), "--capabilities", str(capability), "--main", "--json"]
+    command = [sys.executable, str(SCRIPT), "--cards", str(capability), "--main", "--json"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.stdout, done.stderr

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heedful.kernels import index_scores as kernels
+from heedful.kernels.scoring import Scoring
 from heedful.kernels.target import Target
 from heedful.ops import reference
 
@@ -88,9 +89,7 @@ def test_codes_as_bytes_score_as_their_numbers(device: torch.device, arguments: 
     arguments["k"] = arguments["k"].float().to(torch.float8_e4m3fn)
     arguments["q"] = arguments["q"].float().to(torch.float8_e4m3fn)
     given_ = on(device, arguments)
-    scoring = kernels.Scoring.contiguous(
-        *(given_.get(name) for name in ("q", "k", "weights", "starts", "ends", "k_scale"))
-    )
+    scoring = Scoring.contiguous(*(given_.get(name) for name in ("q", "k", "weights", "starts", "ends", "k_scale")))
     out = torch.empty((scoring.T, scoring.S), device=device)
     launch = kernels.plan(scoring, out, replace(Target.of(device), fp8_dot=False))
     assert launch.arguments["keys"].dtype == launch.arguments["q"].dtype == torch.uint8

@@ -14,7 +14,7 @@ from test_kernel_index_scores import batches, float64, inputs, on, whole
 
 from heedful.kernels import index_scores as scoring_kernels
 from heedful.kernels import index_top_k as kernels
-from heedful.kernels.index_scores import Scoring
+from heedful.kernels.scoring import Scoring, operand_type
 from heedful.kernels.target import Target
 from heedful.ops import reference
 
@@ -24,7 +24,7 @@ few = settings(deadline=None, max_examples=12)
 def fused(device: torch.device, scoring: Scoring, k: int, sorted: bool, BLOCK: int, parts: int | None) -> np.ndarray:
     """The fused kernel's selection, of small blocks and buffers, so that short rows cut them often."""
     target = Target.of(device)
-    dot = scoring_kernels.operand_type(scoring.q_dtype, scoring.k_dtype, target)
+    dot = operand_type(scoring.q_dtype, scoring.k_dtype, target)
     sizes = kernels.fused_sizes(scoring, k, dot, target)
     sizes = replace(sizes, BLOCK=BLOCK, CAP=1 << (k + BLOCK - 1).bit_length())
     out = torch.full((scoring.T, k), -7, dtype=torch.int32, device=device)

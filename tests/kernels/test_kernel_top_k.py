@@ -99,6 +99,12 @@ def test_k_of_every_size(device: torch.device, k: int, sorted_: bool) -> None:
     np.testing.assert_array_equal(select(device, scores, k, sorted=sorted_), reference.top_k(scores, k, None, sorted_))
 
 
+def test_two_k_of_one_size_keep_apart(device: torch.device) -> None:
+    scores = rows("random", 12_000)[None]
+    for k in (5000, 8192):
+        np.testing.assert_array_equal(select(device, scores, k, sorted=False), reference.top_k(scores, k, None, False))
+
+
 def test_a_k_beyond_the_kernel_is_sorted_by_torch(device: torch.device) -> None:
     scores = torch.from_numpy(rows("few values", 9000)[None]).to(device)
     got = kernels.top_k(scores, 8500).cpu().numpy()

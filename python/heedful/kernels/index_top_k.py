@@ -16,22 +16,19 @@ import torch
 import triton
 import triton.language as tl
 
+from heedful.kernels import tuning
 from heedful.kernels.compilation import Compilation, Launch
-from heedful.kernels.index_scores import (
+from heedful.kernels.index_scores import load_queries, load_weights, score_tiles, tile_of_queries, visible_tiles
+from heedful.kernels.index_scores import plan as plan_scores
+from heedful.kernels.scoring import (
     Scoring,
     Tiles,
     example,
     example_paged,
-    load_queries,
-    load_weights,
     operand_type,
-    score_tiles,
     scoring_arguments,
-    tile_of_queries,
     tiles_for,
-    visible_tiles,
 )
-from heedful.kernels.index_scores import plan as plan_scores
 from heedful.kernels.target import Target
 from heedful.kernels.top_k import MAX_K, candidates, consume, emit, load_block, select, sizes_for, sort, top_k
 
@@ -47,8 +44,8 @@ def _index_top_k_kernel(
     q, weights, keys, scales, starts, ends, tables, seq_lens, query_start_loc, T, S, num_seqs, stride_t, stride_h,
     weight_stride, key_stride, page_stride, scale_stride, table_stride, out, out_values, values, places, scores,
     num_tiles, k, parts, part, out_stride, HEADS: tl.constexpr, DIM: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
-    HP: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr, PAGED: tl.constexpr, STAGES: tl.constexpr,
-    CAP: tl.constexpr, BLOCK: tl.constexpr,
+    HP: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PAGED: tl.constexpr,
+    STAGES: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tiles of queries in turn, each over `parts` parts of the keys."""
     program = tl.program_id(0).to(tl.int64)
@@ -72,7 +69,7 @@ def _index_top_k_kernel(
                 score_tiles(
                     begin, stop, scores - begin, BLOCK, columns, w, start, end, count, S, keys, key_stride, scales,
                     tables + b.to(tl.int64) * table_stride if PAGED else None, page_stride, scale_stride,
-                    HEADS, DIM, BT, BS, HP, DP, DOT, PAGED, STAGES,
+                    HEADS, DIM, BT, BS, HP, DP, DOT, PRECISION, PAGED, STAGES,
                 )  # fmt: skip
                 tl.debug_barrier()  # scores were written by other threads
                 for t in range(0, count):
@@ -168,6 +165,26 @@ def fused_sizes(scoring: Scoring, k: int, dot: torch.dtype, target: Target) -> S
     return Sizes(tiles, selection.BLOCK, selection.CAP)
 
 
+def size_candidates(scoring: Scoring, k: int, dot: torch.dtype, target: Target) -> list[Sizes]:
+    """What a warm-up tries: the default first, then one block a multiprocessor with all its registers, and the whole
+    tile of `index_scores`."""
+    default = fused_sizes(scoring, k, dot, target)
+    whole = replace(default, tiles=tiles_for(scoring, dot, target))
+    free = [replace(sizes, blocks=1, tiles=replace(sizes.tiles, max_registers=None)) for sizes in (default, whole)]
+    return [default, whole, *free]
+
+
+def warm_up(scoring: Scoring, k: int) -> Sizes:
+    """Measures the candidates on the tensors of `scoring`, for shapes of its bucket."""
+    device = scoring.arguments["q"].device
+    target, out = Target.of(device), torch.empty((scoring.T, k), dtype=torch.int32, device=device)
+    candidates = size_candidates(scoring, k, operand_type(scoring.q_dtype, scoring.k_dtype, target), target)
+    key = (*scoring.bucket, str(k))
+    return tuning.measure(
+        "index_top_k", key, target, candidates, lambda sizes: plan(scoring, k, False, out, target, sizes)
+    )
+
+
 def plan(
     scoring: Scoring,
     k: int,
@@ -179,7 +196,9 @@ def plan(
 ) -> list[Launch]:
     """The launches that write the selection to `out` [T, k]: of parts of the keys, merging them, in order of score."""
     dot = operand_type(scoring.q_dtype, scoring.k_dtype, target)
-    sizes = sizes or fused_sizes(scoring, k, dot, target)
+    if sizes is None:
+        key = (*scoring.bucket, str(k))
+        sizes = tuning.choose("index_top_k", key, target, lambda: size_candidates(scoring, k, dot, target))
     num_tiles, slots = scoring.tiles(sizes.tiles.BT), sizes.blocks * target.num_sms
     if parts is None:
         parts = min(math.isqrt(scoring.S // k), slots // max(1, num_tiles))

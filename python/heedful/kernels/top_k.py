@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from heedful.kernels import tuning
 from heedful.kernels.compilation import Compilation, Launch
 from heedful.kernels.target import Target
 
@@ -259,6 +260,28 @@ def sizes_for(k: int) -> Sizes:
     return Sizes(2048, 16384, num_warps=16, blocks=1)
 
 
+def size_candidates(k: int) -> list[Sizes]:
+    """What a warm-up tries: the default first."""
+    tried = [
+        Sizes(2048, 4096),
+        Sizes(1024, 4096, blocks=4, max_registers=64),
+        Sizes(2048, 4096, num_warps=4, max_registers=128, blocks=4),
+        Sizes(2048, 8192, max_registers=128),
+        Sizes(4096, 8192, num_warps=16, max_registers=64),
+    ]
+    return [sizes_for(k), *(sizes for sizes in tried if k + sizes.BLOCK <= sizes.CAP)]
+
+
+def warm_up(scores: torch.Tensor, k: int) -> Sizes:
+    """Measures the candidates on `scores` [T, S], for shapes of its bucket."""
+    (T, S), target = scores.shape, Target.of(scores)
+    out = torch.empty((T, k), dtype=torch.int32, device=scores.device)
+    key = tuning.bucket(T, S, str(k))
+    return tuning.measure(
+        "top_k", key, target, size_candidates(k), lambda sizes: plan(scores, k, None, False, out, target, sizes)
+    )
+
+
 def plan(
     scores: torch.Tensor,
     k: int,
@@ -271,7 +294,7 @@ def plan(
 ) -> list[Launch]:
     """The launches that write the selection to `out` [T, k]: of parts of rows, of rows, in order of score."""
     T, S = scores.shape
-    sizes = sizes or sizes_for(k)
+    sizes = sizes or tuning.choose("top_k", tuning.bucket(T, S, str(k)), target, lambda: size_candidates(k))
     scores = scores if scores.stride(1) == 1 or S == 1 else scores.contiguous()
     if parts is None:  # a part reads S / parts scores, then one program reads the best k of each part
         parts = min(math.isqrt(S // k), 2 * target.num_sms // max(1, T))
