@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -84,3 +84,17 @@ def tiles_for(group: int, rows: Rows, dot: torch.dtype, gathered: bool, target: 
     if target.backend == "hip":
         stages = min(stages, 2)
     return Tiles(BH, BK, 8 if VP >= 256 else 4, stages)
+
+
+def tile_candidates(group: int, rows: Rows, dot: torch.dtype, gathered: bool, target: Target) -> list[Tiles]:
+    """The default of `tiles_for`, then what a warm-up measures beside it; not all of them need run on the device."""
+    default = tiles_for(group, rows, dot, gathered, target)
+    deeper, step = default.stages + (2 if gathered else 1), Tiles(16, 32, 4, 5 if gathered else 3)
+    found = [default, replace(default, stages=deeper), replace(default, BK=max(16, default.BK // 2), stages=deeper)]
+    found += [replace(default, BH=max(16, default.BH // 2)), replace(step, num_warps=8), step]
+    found += [
+        replace(step, BH=32, num_warps=8),
+        replace(default, num_warps=4),
+        replace(default, BK=min(64, 2 * default.BK)),
+    ]
+    return list(dict.fromkeys(found))

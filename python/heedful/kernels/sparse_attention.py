@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from heedful.kernels.attention_tiles import operand_type, tiles_for
+from heedful.kernels import tuning
+from heedful.kernels.attention_tiles import Tiles, operand_type, tile_candidates
 from heedful.kernels.compilation import Compilation, Launch
 from heedful.kernels.rows import (
     PAGE,
@@ -26,7 +27,7 @@ from heedful.kernels.rows import (
     unit_stride,
 )
 from heedful.kernels.slots import Batch, sequence_of_query, slots_of
-from heedful.kernels.split import choose_splits, merge
+from heedful.kernels.split import choose_splits, plan_merge
 from heedful.kernels.target import Target
 
 LOG2E = 1.4426950408889634
@@ -239,10 +240,31 @@ def _attend(
     q_positions: torch.Tensor | None,
     batch: Batch | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    launch, splits = plan(q, rows, indices, scale, sink, topk_length, q_positions, batch, Target.of(q))
-    launch.run()
-    out, lse = launch.arguments["out"], launch.arguments["lse"]
-    return (out, lse) if splits == 1 else merge(out, lse, sink, q.dtype)
+    launches = plan(q, rows, indices, scale, sink, topk_length, q_positions, batch, Target.of(q))
+    for launch in launches:
+        launch.run()
+    return launches[-1].arguments["out"], launches[-1].arguments["lse"]
+
+
+def warm_up(q: torch.Tensor, rows: Rows, indices: torch.Tensor) -> Tiles:
+    """Measures the candidates on queries [T, H, Dk] over chosen rows [T, K], for shapes of their bucket."""
+    target, group = Target.of(q), q.shape[1] // rows.heads
+    dot = operand_type(q.dtype, rows.dtype, target)
+    return tuning.measure(
+        "sparse_attention",
+        _bucket(q, rows, indices),
+        target,
+        tile_candidates(group, rows, dot, True, target),
+        lambda tiles: plan(q, rows, indices, q.shape[-1] ** -0.5, None, None, None, None, target, tiles),
+    )
+
+
+def _bucket(q: torch.Tensor, rows: Rows, indices: torch.Tensor | None) -> tuple[int | str, ...]:
+    """Shapes that are served by the same tiles."""
+    widths = f"{q.shape[1]}/{rows.heads}", f"{rows.C}+{rows.R}/{rows.DV}"
+    form = f"{'apart' if rows.apart else 'prefix'}-{rows.bytes}"
+    K = 0 if indices is None else indices.shape[1]
+    return tuning.bucket(q.shape[0], *widths, K, q.dtype, rows.dtype, form)
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -258,14 +280,20 @@ def plan(
     q_positions: torch.Tensor | None,
     batch: Batch | None,
     target: Target,
-) -> tuple[Launch, int]:
-    """The launch, and into how many parts it cuts the keys: with one it writes out [T, H, Dv] and lse [T, H], with more
-    of them parts [T, splits, H, Dv] and [T, splits, H] to be merged."""
+    tiles: Tiles | None = None,
+) -> list[Launch]:
+    """The launches, of which the last writes out [T, H, Dv] and lse [T, H]: one, or with keys in parts two."""
     q = unit_stride(q)
     T, H, _ = q.shape
     group = H // rows.heads
     dot = operand_type(q.dtype, rows.dtype, target)
-    tiles = tiles_for(group, rows, dot, indices is not None, target)
+    if tiles is None:
+        tiles = tuning.choose(
+            "sparse_attention",
+            _bucket(q, rows, indices),
+            target,
+            lambda: tile_candidates(group, rows, dot, indices is not None, target),
+        )
     programs = T * rows.heads * -(-group // tiles.BH)
     tables, seq_lens, query_start_loc = batch if batch else (None, None, None)
     tables = None if tables is None else unit_stride(tables)
@@ -297,7 +325,8 @@ def plan(
         "ALIGNED": rows.aligned,
         "STAGES": tiles.stages,
     }
-    return Launch(_attention_kernel, (programs, splits), arguments, tiles.num_warps, tiles.stages), splits
+    launch = Launch(_attention_kernel, (programs, splits), arguments, tiles.num_warps, tiles.stages)
+    return [launch] if splits == 1 else [launch, plan_merge(out, lse, sink, q.dtype)]
 
 
 # -- reference ---------------------------------------------------------------------------------------------------------
