@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -47,6 +47,8 @@ def tiles_for(group: int, rows: Rows, dot: torch.dtype, gathered: bool, target: 
     wide = target.hopper and not narrow and group > 32 and VP <= 512
     if wide:
         BH, BK, stages = 64, 64, 3 if RP else 2
+    elif target.backend == "hip":
+        BH, BK, stages = 16, 16, 3
     elif narrow or coded or target.shared_memory < 160 * KIB:
         BH, BK, stages = 16, 16 if narrow else 32, 5
     else:
@@ -61,7 +63,9 @@ def tiles_for(group: int, rows: Rows, dot: torch.dtype, gathered: bool, target: 
         if coded:
             row = CP + 2 * RP + 16
         converted = BK * CP * number if coded else 0
-        return BH * (CP + RP) * number + buffers * BK * row + converted
+        queries, keys = BH * (CP + RP) * number, buffers * BK * row + converted
+        # AMD's matrix instructions take queries from registers: shared memory holds them on the way there alone.
+        return max(queries, keys) if target.backend == "hip" else queries + keys
 
     while needed() > room and (BH, BK, stages) != (16, 16, 1):
         if stages > 3:
@@ -80,3 +84,17 @@ def tiles_for(group: int, rows: Rows, dot: torch.dtype, gathered: bool, target: 
     if target.backend == "hip":
         stages = min(stages, 2)
     return Tiles(BH, BK, 8 if VP >= 256 else 4, stages)
+
+
+def tile_candidates(group: int, rows: Rows, dot: torch.dtype, gathered: bool, target: Target) -> list[Tiles]:
+    """The default of `tiles_for`, then what a warm-up measures beside it; not all of them need run on the device."""
+    default = tiles_for(group, rows, dot, gathered, target)
+    deeper, step = default.stages + (2 if gathered else 1), Tiles(16, 32, 4, 5 if gathered else 3)
+    found = [default, replace(default, stages=deeper), replace(default, BK=max(16, default.BK // 2), stages=deeper)]
+    found += [replace(default, BH=max(16, default.BH // 2)), replace(step, num_warps=8), step]
+    found += [
+        replace(step, BH=32, num_warps=8),
+        replace(default, num_warps=4),
+        replace(default, BK=min(64, 2 * default.BK)),
+    ]
+    return list(dict.fromkeys(found))

@@ -21,7 +21,7 @@ _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8)
 # -- kernel ------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _move_kernel(
     host, device, sources, targets, count, host_row, device_row, WORDS: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr,

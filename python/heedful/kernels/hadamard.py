@@ -30,7 +30,7 @@ def transform(x, factor, ROWS: tl.constexpr, DIM: tl.constexpr, LOG: tl.constexp
     return x * factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _hadamard_kernel(x, out, N, factor, ROWS: tl.constexpr, DIM: tl.constexpr, LOG: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at, mask = row[:, None] * DIM + tl.arange(0, DIM)[None, :], (row < N)[:, None]

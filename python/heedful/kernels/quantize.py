@@ -63,7 +63,7 @@ def fp8_codes(x):
     return float32_to_e4m3(tl.div_rn(x, tl.zeros_like(x) + scale[:, None])), scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _quantize_fp8_kernel(
     x, codes, scales, N, groups, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr
 ):
@@ -78,7 +78,7 @@ def _quantize_fp8_kernel(
     tl.store(scales + place, scale, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _quantize_int8_kernel(x, codes, scales, N, DIM: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
     at, mask = row[:, None] * DIM + column[None, :], (row < N)[:, None] & (column < DIM)[None, :]

@@ -31,7 +31,7 @@ def sequence_of_query(t, query_start_loc, num_seqs, WIDTH: tl.constexpr):
     return tl.maximum(found - 1, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _slots_kernel(
     indices, topk_length, tables, seq_lens, query_start_loc, out, indices_row, table_row, K, num_seqs,
     WIDTH: tl.constexpr,

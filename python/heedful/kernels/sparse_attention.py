@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from heedful.kernels.attention_tiles import operand_type, tiles_for
+from heedful.kernels import tuning
+from heedful.kernels.attention_tiles import Tiles, operand_type, tile_candidates
 from heedful.kernels.compilation import Compilation, Launch
 from heedful.kernels.rows import (
     PAGE,
@@ -26,7 +27,7 @@ from heedful.kernels.rows import (
     unit_stride,
 )
 from heedful.kernels.slots import Batch, sequence_of_query, slots_of
-from heedful.kernels.split import choose_splits, merge
+from heedful.kernels.split import choose_splits, plan_merge
 from heedful.kernels.target import Target
 
 LOG2E = 1.4426950408889634
@@ -46,7 +47,7 @@ def last_valid(indices, low, high, S, WIDTH: tl.constexpr):
     return end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "num_seqs"])
 def _attention_kernel(
     q, kc, kr, ks, v, indices, topk_length, sink, positions, tables, seq_lens, query_start_loc, out, lse, largest,
     q_row, q_head, kc_row, kc_head, kr_row, ks_row, v_row, v_head, indices_row, table_row, T, S, K, num_seqs,
@@ -90,9 +91,10 @@ def _attention_kernel(
     if low < high:
         q += t.to(tl.int64) * q_row
         kc += group.to(tl.int64) * kc_head
-        qc = read_part(q, head, q_head, mine, C, CP, False, 0).to(DOT)
+        qc = read_part(q, head.to(tl.int64), q_head, mine, C, CP, False, 0).to(DOT)
         if R > 0:
-            qr = read_part(q + C, head, q_head, mine, R, RP, False, 0).to(DOT)
+            qr = read_part(q + C, head.to(tl.int64), q_head, mine, R, RP, False, 0).to(DOT)
+        rows = (tl.zeros([BK], tl.int32) + S).to(tl.uint32, bitcast=True)
         for first in tl.range(low, high, BK, num_stages=STAGES):
             at = first + tl.arange(0, BK)
             if indices is not None:
@@ -104,7 +106,7 @@ def _attention_kernel(
                 if PAGED:  # BK divides the page
                     page = tl.load(tables + first // 64).to(tl.int64)
                     slot = page * 64 + (at % 64)
-            there = index.to(tl.uint32, bitcast=True) < S.to(tl.uint32)  # neither negative nor too large
+            there = index.to(tl.uint32, bitcast=True) < rows  # neither negative nor too large
             keys = read_part(kc, slot, kc_row, there, C, CP, False, 0)
             if ks is not None:
                 keys = times_scales(keys, ks, slot, ks_row, there, C, CP, BK, BYTES)
@@ -243,15 +245,36 @@ def _attend(
     batch: Batch | None,
     max_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    target = Target.of(q)
     largest = max_logits is not None
-    launch, splits = plan(q, rows, indices, scale, sink, topk_length, q_positions, batch, target, largest)
-    launch.run()
+    target = Target.of(q)
+    launches = plan(q, rows, indices, scale, sink, topk_length, q_positions, batch, target, largest=largest)
+    for launch in launches:
+        launch.run()
     if max_logits is not None:
-        found = launch.arguments["largest"]
-        max_logits.copy_(found if splits == 1 else found.amax(1))
-    out, lse = launch.arguments["out"], launch.arguments["lse"]
-    return (out, lse) if splits == 1 else merge(out, lse, sink, q.dtype)
+        found = launches[0].arguments["largest"]  # of parts, if keys are in parts
+        max_logits.copy_(found if found.ndim == 2 else found.amax(1))
+    return launches[-1].arguments["out"], launches[-1].arguments["lse"]
+
+
+def warm_up(q: torch.Tensor, rows: Rows, indices: torch.Tensor) -> Tiles:
+    """Measures the candidates on queries [T, H, Dk] over chosen rows [T, K], for shapes of their bucket."""
+    target, group = Target.of(q), q.shape[1] // rows.heads
+    dot = operand_type(q.dtype, rows.dtype, target)
+    return tuning.measure(
+        "sparse_attention",
+        _bucket(q, rows, indices),
+        target,
+        tile_candidates(group, rows, dot, True, target),
+        lambda tiles: plan(q, rows, indices, q.shape[-1] ** -0.5, None, None, None, None, target, tiles),
+    )
+
+
+def _bucket(q: torch.Tensor, rows: Rows, indices: torch.Tensor | None) -> tuple[int | str, ...]:
+    """Shapes that are served by the same tiles."""
+    widths = f"{q.shape[1]}/{rows.heads}", f"{rows.C}+{rows.R}/{rows.DV}"
+    form = f"{'apart' if rows.apart else 'prefix'}-{rows.bytes}"
+    K = 0 if indices is None else indices.shape[1]
+    return tuning.bucket(q.shape[0], *widths, K, q.dtype, rows.dtype, form)
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -267,15 +290,21 @@ def plan(
     q_positions: torch.Tensor | None,
     batch: Batch | None,
     target: Target,
+    tiles: Tiles | None = None,
     largest: bool = False,
-) -> tuple[Launch, int]:
-    """The launch, and into how many parts it cuts the keys: with one it writes out [T, H, Dv] and lse [T, H], with more
-    of them parts [T, splits, H, Dv] and [T, splits, H] to be merged."""
+) -> list[Launch]:
+    """The launches, of which the last writes out [T, H, Dv] and lse [T, H]: one, or with keys in parts two."""
     q = unit_stride(q)
     T, H, _ = q.shape
     group = H // rows.heads
     dot = operand_type(q.dtype, rows.dtype, target)
-    tiles = tiles_for(group, rows, dot, indices is not None, target)
+    if tiles is None:
+        tiles = tuning.choose(
+            "sparse_attention",
+            _bucket(q, rows, indices),
+            target,
+            lambda: tile_candidates(group, rows, dot, indices is not None, target),
+        )
     programs = T * rows.heads * -(-group // tiles.BH)
     tables, seq_lens, query_start_loc = batch if batch else (None, None, None)
     tables = None if tables is None else unit_stride(tables)
@@ -308,7 +337,8 @@ def plan(
         "ALIGNED": rows.aligned,
         "STAGES": tiles.stages,
     }
-    return Launch(_attention_kernel, (programs, splits), arguments, tiles.num_warps, tiles.stages), splits
+    launch = Launch(_attention_kernel, (programs, splits), arguments, tiles.num_warps, tiles.stages)
+    return [launch] if splits == 1 else [launch, plan_merge(out, lse, sink, q.dtype)]
 
 
 # -- reference ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from heedful.kernels.target import Target
 MOST = 64  # parts: a program of the merge holds their weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
     parts, part_lse, out, lse, sink, splits, HEADS: tl.constexpr, DV: tl.constexpr, SP: tl.constexpr, DVP: tl.constexpr,
     AT_A_TIME: tl.constexpr,
@@ -69,10 +69,8 @@ def choose_splits(programs: int, length: int, tile: int, num_sms: int) -> tuple[
     return best, -(-tiles // best) * tile
 
 
-def merge(
-    parts: torch.Tensor, part_lse: torch.Tensor, sink: torch.Tensor | None, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Puts parts together.
+def plan_merge(parts: torch.Tensor, part_lse: torch.Tensor, sink: torch.Tensor | None, dtype: torch.dtype) -> Launch:
+    """The launch that puts parts together.
 
     Args:
         parts: [T, splits, H, Dv] float32; one whose lse is -inf is not read.
@@ -81,15 +79,8 @@ def merge(
         dtype: of the output.
 
     Returns:
-        out [T, H, Dv] and lse [T, H] float32, natural logarithm, without the sink.
+        The launch that writes "out" [T, H, Dv] and "lse" [T, H] float32, natural logarithm, without the sink.
     """
-    launch = plan_merge(parts, part_lse, sink, dtype)
-    launch.run()
-    return launch.arguments["out"], launch.arguments["lse"]
-
-
-def plan_merge(parts: torch.Tensor, part_lse: torch.Tensor, sink: torch.Tensor | None, dtype: torch.dtype) -> Launch:
-    """The launch of `merge`."""
     T, splits, H, DV = parts.shape
     out = torch.empty((T, H, DV), dtype=dtype, device=parts.device)
     lse = torch.empty((T, H), dtype=torch.float32, device=parts.device)
@@ -110,7 +101,7 @@ def plan_merge(parts: torch.Tensor, part_lse: torch.Tensor, sink: torch.Tensor |
 def merge_reference(
     parts: torch.Tensor, part_lse: torch.Tensor, sink: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`merge` in float64."""
+    """Parts put together in float64: out and lse."""
     lse = torch.logsumexp(part_lse.double() * 0.6931471805599453, 1)  # [T, H]
     total = lse if sink is None else torch.logaddexp(lse, sink.double().expand_as(lse))
     weights = torch.where(

@@ -68,7 +68,7 @@ def write_bfloat16(base, offset, x, mask):
         tl.store(base + offset + i, (bits >> (8 * i)).to(tl.uint8), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _write_latent_kernel(
     latent, k_pe, slots, values, scales, rest, cos, sin, N, latent_row, k_pe_row, angle_row, values_row, scales_row,
     rest_row, C: tl.constexpr, R: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr, WIDE: tl.constexpr,
@@ -105,7 +105,7 @@ def _write_latent_kernel(
             tl.store(rest + slot[:, None] * rest_row + column[None, :], more.to(rest.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _write_index_kernel(
     keys, slots, values, scales, cos, sin, N, factor, keys_row, angle_row, page_stride, values_row, scales_page,
     DIM: tl.constexpr, R: tl.constexpr, PADDED: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr,
