@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heedful.kernels import index_scores as kernels
-from heedful.kernels.scoring import Scoring
+from heedful.kernels.scoring import Scoring, example
 from heedful.kernels.target import Target
 from heedful.ops import reference
 
@@ -106,6 +106,12 @@ def test_long_rows_are_cut_and_what_nobody_sees_is_skipped(
     arguments |= {"starts": torch.tensor(starts), "ends": torch.tensor(ends)}
     got = kernels.index_scores(**on(device, arguments))
     np.testing.assert_array_equal(float64(got), float64(kernels.index_scores_reference(**arguments)))
+
+
+def test_heads_that_no_block_can_hold_are_named() -> None:
+    scoring = example(8, 1000, 300, torch.bfloat16, torch.bfloat16, dim=256)
+    with pytest.raises(ValueError, match="q: 300 index heads of 256 numbers do not fit"):
+        kernels.plan(scoring, torch.empty((8, 1000), device="meta"), Target.cuda(90))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

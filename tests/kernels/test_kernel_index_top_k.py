@@ -18,7 +18,7 @@ from heedful.kernels.scoring import Scoring, operand_type
 from heedful.kernels.target import Target
 from heedful.ops import reference
 
-few = settings(deadline=None, max_examples=12)
+few = settings(deadline=None, max_examples=20)
 
 
 def fused(device: torch.device, scoring: Scoring, k: int, sorted: bool, BLOCK: int, parts: int | None) -> np.ndarray:

@@ -47,7 +47,7 @@ def small(k: int, BLOCK: int) -> Sizes:
     return Sizes(BLOCK, 1 << (k + BLOCK - 1).bit_length(), num_warps=4)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=50)
 @given(ROWS, st.integers(1, 60), st.sampled_from([8, 16, 64]), st.sampled_from([1, 1, 2, 5]), st.data())
 @example(np.full((1, 40), np.nan, np.float32), 3, 8, 2, None)
 @example(np.array([[-np.inf, np.nan, -3.4028235e38, np.nan, -np.inf] * 9], np.float32), 11, 8, 1, None)

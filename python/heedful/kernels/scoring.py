@@ -152,7 +152,8 @@ class Tiles:
 
 
 def tiles_for(scoring: Scoring, dot: torch.dtype, target: Target) -> Tiles:
-    """The sizes that are taken unless a table of measurements says otherwise.
+    """The sizes that are taken unless a table of measurements says otherwise. ValueError if a query's heads alone are
+    too large for the target.
 
     Two blocks are to share a multiprocessor, so that one multiplies while the other sums over heads: half of its shared
     memory is for the queries that a block holds and the keys that stream past them, half of its registers (128 a
@@ -168,6 +169,11 @@ def tiles_for(scoring: Scoring, dot: torch.dtype, target: Target) -> Tiles:
     BS = PAGE // 2 if dot == torch.float32 and not target.interpreted else PAGE
     while BS > 16 and (BS * BT * HP > 16384 or held + 2 * BS * row > 2 * room - 4096):
         BS //= 2
+    if held + 2 * BS * row > target.shared_memory:
+        raise ValueError(
+            f"q: {scoring.heads} index heads of {scoring.dim} numbers do not fit in {target.shared_memory} bytes of "
+            f"shared memory of {target.name}"
+        )
     stages = min(max((room - held) // (BS * row), 2), 4)
     if scoring.num_seqs is not None:  # each tile is two loads, one after the other: the page's number, the page
         stages = 2 * stages - 1
@@ -198,10 +204,10 @@ def scoring_arguments(scoring: Scoring, dot: torch.dtype, tiles: Tiles, target: 
     return arguments | {"PRECISION": precision, "STAGES": tiles.stages}
 
 
-def example(T: int, S: int, heads: int, q_dtype: torch.dtype, k_dtype: torch.dtype) -> Scoring:
+def example(T: int, S: int, heads: int, q_dtype: torch.dtype, k_dtype: torch.dtype, dim: int = 128) -> Scoring:
     """Arguments of a prefill, without memory."""
-    q = torch.empty((T, heads, 128), dtype=q_dtype, device="meta")
-    k = torch.empty((S, 128), dtype=k_dtype, device="meta")
+    q = torch.empty((T, heads, dim), dtype=q_dtype, device="meta")
+    k = torch.empty((S, dim), dtype=k_dtype, device="meta")
     weights, ends = torch.empty((T, heads), device="meta"), torch.empty(T, dtype=torch.int32, device="meta")
     scale = torch.empty(S, device="meta") if k_dtype.itemsize == 1 else None
     return Scoring.contiguous(q, k, weights, None, ends, scale)

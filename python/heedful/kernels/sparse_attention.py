@@ -49,7 +49,7 @@ def last_valid(indices, low, high, S, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "num_seqs"])
 def _attention_kernel(
-    q, kc, kr, ks, v, indices, topk_length, sink, positions, tables, seq_lens, query_start_loc, out, lse,
+    q, kc, kr, ks, v, indices, topk_length, sink, positions, tables, seq_lens, query_start_loc, out, lse, largest,
     q_row, q_head, kc_row, kc_head, kr_row, ks_row, v_row, v_head, indices_row, table_row, T, S, K, num_seqs,
     chunk, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, DV: tl.constexpr,
     CP: tl.constexpr, RP: tl.constexpr, VP: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr,
@@ -137,6 +137,8 @@ def _attention_kernel(
     row = (t.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * HEADS + head
     columns = tl.arange(0, VP)
     mask = mine[:, None] & (columns < DV)[None, :]
+    if largest is not None:
+        tl.store(largest + row, m * 0.6931471805599453, mask=mine)
     to = out + row[:, None] * DV + columns[None, :]
     if SPLIT:  # in base 2, without the sink; what holds no key is told by its lse alone
         tl.store(lse + row, log, mask=mine)
@@ -165,6 +167,7 @@ def sparse_attention(
     sink: torch.Tensor | None = None,
     topk_length: torch.Tensor | None = None,
     q_positions: torch.Tensor | None = None,
+    max_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over contiguous rows.
 
@@ -178,13 +181,14 @@ def sparse_attention(
         sink: [H] float32; exp(sink) is added to the denominator alone.
         topk_length: [T] integers: only the first of a query's indices count.
         q_positions: [T] integers, default S - T + arange(T); for `indices` None.
+        max_logits: [T, H] float32 that the largest logits are written to, -inf for a query without a key.
 
     Returns:
         out [T, H, Dv] in q's dtype; lse [T, H] float32, natural logarithm, without the sink. A query without a key has
         out 0 and lse -inf.
     """
     rows = Rows.contiguous(kv, kv.shape[-1] if value_dim is None else value_dim, v)
-    return _attend(q, rows, indices, scale, sink, topk_length, q_positions, None)
+    return _attend(q, rows, indices, scale, sink, topk_length, q_positions, None, max_logits)
 
 
 def sparse_attention_paged(
@@ -239,10 +243,15 @@ def _attend(
     topk_length: torch.Tensor | None,
     q_positions: torch.Tensor | None,
     batch: Batch | None,
+    max_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    launches = plan(q, rows, indices, scale, sink, topk_length, q_positions, batch, Target.of(q))
+    largest = max_logits is not None
+    launches = plan(q, rows, indices, scale, sink, topk_length, q_positions, batch, Target.of(q), largest)
     for launch in launches:
         launch.run()
+    if max_logits is not None:
+        found = launches[0].arguments["largest"]
+        max_logits.copy_(found if len(launches) == 1 else found.amax(1))
     return launches[-1].arguments["out"], launches[-1].arguments["lse"]
 
 
@@ -255,7 +264,7 @@ def warm_up(q: torch.Tensor, rows: Rows, indices: torch.Tensor) -> Tiles:
         _bucket(q, rows, indices),
         target,
         tile_candidates(group, rows, dot, True, target),
-        lambda tiles: plan(q, rows, indices, q.shape[-1] ** -0.5, None, None, None, None, target, tiles),
+        lambda tiles: plan(q, rows, indices, q.shape[-1] ** -0.5, None, None, None, None, target, tiles=tiles),
     )
 
 
@@ -280,9 +289,11 @@ def plan(
     q_positions: torch.Tensor | None,
     batch: Batch | None,
     target: Target,
+    largest: bool = False,
     tiles: Tiles | None = None,
 ) -> list[Launch]:
-    """The launches, of which the last writes out [T, H, Dv] and lse [T, H]: one, or with keys in parts two."""
+    """The launches, of which the last writes out [T, H, Dv] and lse [T, H]: one, or with keys in parts two. With
+    `largest` the first writes the largest logits too, of each part."""
     q = unit_stride(q)
     T, H, _ = q.shape
     group = H // rows.heads
@@ -309,6 +320,7 @@ def plan(
     if indices is not None:
         indices = unit_stride(indices)
     arguments |= {"q": q, "q_row": q.stride(0), "q_head": q.stride(1), "scale": scale * LOG2E, "out": out, "lse": lse}
+    arguments |= {"largest": torch.empty_like(lse) if largest else None}
     arguments |= {"indices": indices, "indices_row": 0 if indices is None else indices.stride(0)}
     arguments |= {"topk_length": None if indices is None or topk_length is None else topk_length.contiguous()}
     arguments |= {"sink": None if sink is None else sink.contiguous()}
