@@ -1,8 +1,8 @@
 """Correctness of the operators on a GPU (or, small, in Triton's interpreter) against float64 in plain torch.
 
 Each check goes through `heedful.ops`, as users do, and returns the largest error beside the bound it must keep. Bounds
-are those of the arithmetic: float32 sums of exact products for scores (FP8 matrix units keep some 14 bits of a sum); for
-attention a probability and a value rounded to bfloat16 each, 2^-8 together, of values that are below 5.
+are those of the arithmetic: for scores, float32 sums of exact products (FP8 matrix units keep some 14 bits of a sum);
+for attention, a probability and a value rounded to bfloat16 each, 2^-8 together, of values that are below 5.
 """
 
 from __future__ import annotations
