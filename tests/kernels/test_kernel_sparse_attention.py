@@ -354,7 +354,7 @@ def test_every_candidate_of_a_warm_up_gives_the_result(
     candidates = tile_candidates(5, rows, torch.float32, True, target)
     assert candidates[0] == tiles_for(5, rows, torch.float32, True, target)
     for tiles in candidates:
-        launches = kernels.plan(q, rows, indices, 40**-0.5, None, None, None, None, target, tiles)
+        launches = kernels.plan(q, rows, indices, 40**-0.5, None, None, None, None, target, tiles=tiles)
         for launch in launches:
             launch.run()
         near((launches[-1].arguments["out"], launches[-1].arguments["lse"]), [x.cpu() for x in want], torch.float32)
