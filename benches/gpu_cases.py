@@ -374,8 +374,9 @@ def crossovers(points: list[Point]) -> dict[str, str]:
 
 def tune(device: torch.device, left: Callable[[], float]) -> Iterator[str]:
     """Measures configurations for the shapes above and keeps them, so that what follows is timed with the quickest."""
-    from heedful.kernels import index_scores, index_top_k
+    from heedful.kernels import index_scores, index_top_k, sparse_attention
     from heedful.kernels import top_k as selection
+    from heedful.kernels.rows import Rows
 
     def contiguous(T: int, S: int) -> index_scores.Scoring:
         q, k = _normal(device, 1, T, HI, DI, dtype=FP8), _normal(device, 2, S, DI, dtype=FP8)
@@ -397,6 +398,17 @@ def tune(device: torch.device, left: Callable[[], float]) -> Iterator[str]:
     for B in (1, 16, 64):
         steps.append((f"index_scores over pages, {B}", lambda B=B: index_scores.warm_up(paged(B, 131072))))
         steps.append((f"index_top_k over pages, {B}", lambda B=B: index_top_k.warm_up(paged(B, 131072), K)))
+
+    def attention(T: int, rows: Rows) -> object:
+        return sparse_attention.warm_up(_normal(device, 1, T, H, DK), rows, _selections(device, 2, T, 32768))
+
+    steps.append(
+        ("sparse_attention 4096", lambda: attention(4096, Rows.contiguous(_normal(device, 1, 32768, DK), C, None)))
+    )
+    steps += [
+        (f"sparse_attention FP8, {B}", lambda B=B: attention(B, Rows.pages(_latent_pages(device, 512), DK, C)))
+        for B in (1, 64, 128)
+    ]
     for T in (4096, 64):
         scores = functools.partial(_normal, device, 1, T, 131072, dtype=torch.float32)
         steps.append((f"top_k of {T} rows", lambda scores=scores: selection.warm_up(scores(), K)))

@@ -271,7 +271,8 @@ def plan(scoring: Scoring, out: torch.Tensor, target: Target, tiles: Tiles | Non
     num_tiles = scoring.tiles(tiles.BT)
     # Enough programs to fill the device several times, each with enough keys to be worth reading its queries.
     wanted = -(-8 * target.num_sms // max(1, num_tiles))
-    chunk = min(max(-(-scoring.S // wanted), 512), 8192)
+    # No program needs more keys than make its queries a thirtieth of what it reads.
+    chunk = min(max(-(-scoring.S // wanted), 512), max(32 * tiles.BT * tiles.HP, 512))
     chunk = -(-chunk // 256) * 256
     arguments = scoring_arguments(scoring, dot, tiles, target)
     arguments |= {"out": out, "out_stride": out.stride(0), "chunk": chunk}
