@@ -246,12 +246,13 @@ def _attend(
     max_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     largest = max_logits is not None
-    launches = plan(q, rows, indices, scale, sink, topk_length, q_positions, batch, Target.of(q), largest)
+    target = Target.of(q)
+    launches = plan(q, rows, indices, scale, sink, topk_length, q_positions, batch, target, largest=largest)
     for launch in launches:
         launch.run()
     if max_logits is not None:
-        found = launches[0].arguments["largest"]
-        max_logits.copy_(found if len(launches) == 1 else found.amax(1))
+        found = launches[0].arguments["largest"]  # of parts, if keys are in parts
+        max_logits.copy_(found if found.ndim == 2 else found.amax(1))
     return launches[-1].arguments["out"], launches[-1].arguments["lse"]
 
 
@@ -264,7 +265,7 @@ def warm_up(q: torch.Tensor, rows: Rows, indices: torch.Tensor) -> Tiles:
         _bucket(q, rows, indices),
         target,
         tile_candidates(group, rows, dot, True, target),
-        lambda tiles: plan(q, rows, indices, q.shape[-1] ** -0.5, None, None, None, None, target, tiles=tiles),
+        lambda tiles: plan(q, rows, indices, q.shape[-1] ** -0.5, None, None, None, None, target, tiles),
     )
 
 
@@ -289,11 +290,10 @@ def plan(
     q_positions: torch.Tensor | None,
     batch: Batch | None,
     target: Target,
-    largest: bool = False,
     tiles: Tiles | None = None,
+    largest: bool = False,
 ) -> list[Launch]:
-    """The launches, of which the last writes out [T, H, Dv] and lse [T, H]: one, or with keys in parts two. With
-    `largest` the first writes the largest logits too, of each part."""
+    """The launches, of which the last writes out [T, H, Dv] and lse [T, H]: one, or with keys in parts two."""
     q = unit_stride(q)
     T, H, _ = q.shape
     group = H // rows.heads
