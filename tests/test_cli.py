@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import heedful
@@ -250,16 +251,17 @@ def test_doctor_prints_what_works_and_why(capsys: pytest.CaptureFixture[str]) ->
     assert heedful._core.simd_level() in lines["CPU operators"]
     assert f"{heedful.get_num_threads()} threads" in lines["CPU operators"]
     assert " ok " in lines["LLM, heedful.nn"]
-    assert "this version has no GPU kernels" in lines["Triton"]
-    assert out.splitlines()[-1].startswith("Backend: cpu (")
-    assert "this version has no GPU kernels" in out.splitlines()[-1]
+    assert " ok " in lines["Triton"]
+    assert out.splitlines()[-1].startswith("Backend: ")
+    if not torch.cuda.is_available():
+        assert out.splitlines()[-1] == "Backend: cpu (torch sees no GPU)"
 
 
 def test_doctor_gives_the_same_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["cpu_works"] is True
-    assert report["backend"]["name"] == "cpu"
+    assert report["backend"]["name"] == ("triton" if torch.cuda.is_available() else "cpu")
     assert report["checks"]["CPU operators"]["status"] == "ok"
     assert report["machine"]["usable_cores"] >= 1
     assert {check["status"] for check in report["checks"].values()} <= {"ok", "missing", "failed", "unused"}
@@ -306,15 +308,37 @@ def test_doctor_has_status_1_when_the_operators_do_not_work(
     assert ("RuntimeError: illegal instruction" if how == "raises" else "operators differ from the references") in out
 
 
-def test_doctor_names_gpus_and_says_that_they_are_not_used(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("triton", "kernels", "parts"),
+    [
+        ("ok", "ok", ["Backend: triton (NVIDIA A100 (SM80) runs the Triton kernels)"]),
+        ("ok", "raises", ["failed   RuntimeError: no kernel image", "Backend: triton (NVIDIA A100 (SM80), although"]),
+        (
+            "missing",
+            "ok",
+            ["unused   its kernels need Triton", "Backend: cpu (NVIDIA A100 is there, but Triton"],
+        ),
+    ],
+)
+def test_doctor_names_gpus_and_what_runs_on_them(
+    triton: str, kernels: str, parts: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpu = {"name": "NVIDIA A100", "memory_bytes": 80 * 2**30, "architecture": "SM80"}
+
+    def compare(found: dict[str, Any]) -> dict[str, str]:
+        assert found is gpu
+        if kernels == "raises":
+            raise RuntimeError("no kernel image")
+        return {"status": "ok", "detail": "kernels agree with the CPU"}
+
     monkeypatch.setattr(doctor, "_check_torch", lambda: ({"status": "ok", "detail": "torch"}, [gpu]))
+    monkeypatch.setattr(doctor, "_check_triton", lambda: {"status": triton, "detail": "triton"})
+    monkeypatch.setattr(doctor, "_compare_on_gpu", compare)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "NVIDIA A100 (SM80), 80.00 GiB" in out
-    assert "Backend: cpu (this version has no GPU kernels)" in out
+    for part in parts:
+        assert part in out
 
 
 # generate: what goes wrong

@@ -226,7 +226,7 @@ def test_output_ends_at_max_model_len() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "tpu"}, "device: expected one of auto, cpu, got 'tpu'"),
+        ({"device": "tpu"}, "device: expected one of auto, cpu, cuda, cuda:N, got 'tpu'"),
         ({"dtype": "int8"}, "dtype: expected one of"),
         ({"kv_cache_dtype": "int4"}, "kv_cache_dtype: expected one of"),
         ({"attention": "linear"}, "attention: expected one of"),

@@ -13,6 +13,7 @@ import torch
 import oracle
 from heedful import LLM, SamplingParams
 from heedful.engine import llm as llm_module
+from heedful.engine import placement
 from heedful.engine.cache_layout import bytes_per_token
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=5)
@@ -63,7 +64,7 @@ def test_endless_options_are_named(name: str, checkpoint: Path) -> None:
 
 
 def test_caches_larger_than_the_machine_are_refused_by_name(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm_module, "total_memory", lambda: 10**6)
+    monkeypatch.setattr(placement, "total_memory", lambda: 10**6)
     with pytest.raises(
         MemoryError, match=r"kv_cache_tokens: the caches would take \d+ bytes, this machine has 1000000"
     ):
@@ -75,13 +76,13 @@ def test_caches_take_a_share_of_what_is_free_and_no_more_than_can_be_used(
 ) -> None:
     config = LLM(checkpoint, kv_cache_tokens=64).config
     token = bytes_per_token(config, "float32")
-    monkeypatch.setattr(llm_module, "available_memory", lambda: 1000 * token)
+    monkeypatch.setattr(placement, "available_memory", lambda: 1000 * token)
     assert LLM(checkpoint).caches.num_blocks == 400 // 64
     assert LLM(checkpoint, max_model_len=100, max_num_seqs=2).caches.num_blocks == -(-200 // 64)
-    monkeypatch.setattr(llm_module, "available_memory", lambda: 100 * token)
+    monkeypatch.setattr(placement, "available_memory", lambda: 100 * token)
     with pytest.raises(MemoryError, match=r"kv_cache_tokens: .* hold no block of 64 tokens"):
         LLM(checkpoint)
-    monkeypatch.setattr(llm_module, "available_memory", lambda: None)
+    monkeypatch.setattr(placement, "available_memory", lambda: None)
     with pytest.raises(ValueError, match="kv_cache_tokens: expected a number"):
         LLM(checkpoint)
 
@@ -122,6 +123,6 @@ def test_dtype_auto_is_the_checkpoints_unless_the_cpu_lacks_bfloat16_and_memory_
     path = rewritten(checkpoint, tmp_path, dtype=stored)
     with monkeypatch.context() as patch:
         patch.setattr(llm_module, "total_memory", lambda: memory)
-        patch.setattr(llm_module, "_check_fits", lambda size: None)
+        patch.setattr(llm_module, "_check_fits", lambda size, placement: None)
         llm = LLM(path, kv_cache_tokens=64)
     assert llm.dtype == expected

@@ -161,6 +161,23 @@ def test_moe_equals_a_loop_over_tokens(
             torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 
+@settings(max_examples=20, deadline=None)
+@given(experts=st.integers(1, 9), top_k=st.integers(1, 4), tokens=st.integers(1, 12), seed=st.integers(0, 1000))
+def test_the_ways_to_run_experts_without_waiting_for_a_device_give_the_same(
+    experts: int, top_k: int, tokens: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    router = Router(hidden_size=16, n_experts=experts, top_k=min(top_k, experts))
+    moe = MoE(hidden_size=16, intermediate_size=8, n_experts=experts, n_shared_experts=1, router=router)
+    x = torch.randn(tokens, 16)
+    with torch.no_grad():
+        routing = router(x)
+        expected = moe.experts._by_expert(x, routing)
+        torch.testing.assert_close(moe.experts._grouped(x, routing), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moe.experts._gathered(x, routing), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moe.experts._every_expert(x, routing), expected, rtol=1e-4, atol=1e-5)
+
+
 @given(
     data=st.lists(
         st.lists(st.sampled_from([0.0, 1.0, 2.0, float("-inf")]), min_size=7, max_size=7), min_size=1, max_size=5

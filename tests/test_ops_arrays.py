@@ -77,16 +77,23 @@ def test_bad_arguments_are_refused_by_name(call: Any, changes: dict[str, Any], m
     assert message in str(raised.value)
 
 
-def test_the_gpu_backend_says_what_is_missing() -> None:
-    with pytest.raises(RuntimeError, match="backend: 'triton' needs CUDA tensors and GPU kernels"):
-        indexer_call(backend="triton")
+def test_triton_says_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for q, kind in ((np.ones((2, 3, 4), F32), "a NumPy array"), (torch.ones(2, 3, 4), "a CPU tensor")):
+        with pytest.raises(ValueError, match=f"q: expected a CUDA tensor for backend='triton' .* got {kind}"):
+            indexer_call(q=q, backend="triton")
 
 
 def test_tensors_of_another_device_are_refused() -> None:
     torch = pytest.importorskip("torch")
     q = torch.ones(2, 3, 4, device="meta")
-    with pytest.raises(RuntimeError, match="q: is on meta, but this version has no GPU kernels"):
+    with pytest.raises(ValueError, match="q: expected a tensor on a CPU or a CUDA device, got one on meta"):
         indexer_call(q=q)
+    with pytest.raises(ValueError, match="k: is on meta, but q is on cpu"):
+        indexer_call(q=torch.ones(2, 3, 4), k=torch.ones(5, 4, device="meta"))
+    with pytest.raises(ValueError, match="k: is on meta, but q is on cpu"):
+        indexer_call(k=torch.ones(5, 4, device="meta"))
     with pytest.raises(ValueError, match="q: expected a CPU tensor for backend='cpu', got one on meta"):
         indexer_call(q=q, backend="cpu")
 

@@ -20,9 +20,10 @@ from heedful.memory import available_memory, total_memory
 
 _PACKAGES = ("numpy", "torch", "triton", "safetensors", "tqdm")
 _TORCH_EXTRA = "pip install 'heedful[torch]'"
-_NO_KERNELS = "this version has no GPU kernels"
 _MAX_ERROR = 1e-4
 """Largest difference between operators and references: float32 sums of a few hundred products stay far below."""
+_MAX_GPU_ERROR = 2e-2
+"""The same of a GPU, whose float32 products may be those of TF32 (10 bits)."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -53,6 +54,8 @@ def examine() -> dict[str, Any]:
 
     operators = _check_operators()
     torch, gpus = _check_torch()
+    triton = _check_triton()
+    gpu = _check_gpu(torch, triton, gpus)
     return {
         "cpu_works": operators["status"] == "ok",
         "versions": {
@@ -62,14 +65,14 @@ def examine() -> dict[str, Any]:
         },
         "machine": _machine(),
         "gpus": gpus,
-        "backend": {"name": "cpu", "why": _NO_KERNELS if gpus else "torch sees no GPU; " + _NO_KERNELS},
+        "backend": _backend(torch, gpu, gpus),
         "checks": {
             "CPU operators": operators,
             "LLM, heedful.nn": torch,
             "checkpoints": _check_package("safetensors"),
             "built-in model": _check_builtin(),
-            "Triton": _check_triton(),
-            "GPU": _check_gpu(torch, gpus),
+            "Triton": triton,
+            "GPU": gpu,
         },
     }
 
@@ -203,16 +206,65 @@ def _check_builtin() -> dict[str, str]:
 def _check_triton() -> dict[str, str]:
     version = _version("triton")
     if version is None:
-        return _check("missing", f"triton is not installed, and not needed: {_NO_KERNELS}")
-    return _check("unused", f"triton {version} is installed; {_NO_KERNELS}")
+        return _check("missing", "triton is not installed, and needed for GPUs alone: pip install triton")
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # it may be there and broken
+        return _check("failed", f"triton does not work: {type(error).__name__}: {error}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return _check("ok", f"triton {version}; TRITON_INTERPRET=1: kernels run in its interpreter, on the CPU")
+    return _check("ok", f"triton {version}")
 
 
-def _check_gpu(torch: dict[str, str], gpus: list[dict[str, Any]]) -> dict[str, str]:
-    if gpus:
-        return _check("unused", f"{_NO_KERNELS}: models and operators run on the CPU")
+def _check_gpu(torch: dict[str, str], triton: dict[str, str], gpus: list[dict[str, Any]]) -> dict[str, str]:
+    """Whether a kernel runs on the first GPU: a small selection goes through it."""
     if torch["status"] != "ok":
         return _check("missing", "nothing to look for one with: torch is not there")
-    return _check("missing", "torch sees none")
+    if not gpus:
+        return _check("missing", "torch sees none")
+    if triton["status"] != "ok":
+        return _check("unused", "its kernels need Triton: models and operators run on the CPU")
+    try:
+        return _compare_on_gpu(gpus[0])
+    except Exception as error:  # a driver or a compiler that does not work
+        return _check("failed", f"{type(error).__name__}: {error}"[:400])
+
+
+def _compare_on_gpu(gpu: dict[str, Any]) -> dict[str, str]:
+    import torch
+
+    from heedful import ops
+    from heedful.kernels.target import Target
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, weights, rows, latents = (
+        torch.randn(shape, generator=generator) for shape in ((4, 16, 64), (300, 64), (4, 16), (4, 16, 128), (300, 128))
+    )
+    on = [x.cuda(0) for x in (q, k, weights, rows, latents)]
+    indices = ops.index_top_k(on[0], on[1], on[2], 32)
+    out, _ = ops.sparse_attention(on[3], on[4], indices, scale=0.1, value_dim=96)
+    wanted, _ = ops.sparse_attention(rows, latents, indices.cpu(), scale=0.1, value_dim=96)
+    error = float((out.cpu() - wanted).abs().max())
+    if not error <= _MAX_GPU_ERROR:
+        return _check("failed", f"kernels differ from the CPU by {error:.1e}")
+    target = Target.of(on[0])
+    fp8 = "FP8 products" if target.fp8_dot else "FP8 rows are read and multiplied as bfloat16"
+    room = bytes_text(target.shared_memory)
+    return _check("ok", f"{gpu['name']} ({gpu['architecture']}): kernels agree with the CPU; {fp8}; {room} a block")
+
+
+def _backend(torch: dict[str, str], gpu: dict[str, str], gpus: list[dict[str, Any]]) -> dict[str, str]:
+    """What device="auto" takes, and why."""
+    if torch["status"] != "ok":
+        return {"name": "cpu", "why": "torch is not there, or does not work"}
+    if not gpus:
+        return {"name": "cpu", "why": "torch sees no GPU"}
+    name = f"{gpus[0]['name']} ({gpus[0]['architecture']})"
+    if gpu["status"] == "unused":
+        return {"name": "cpu", "why": f"{gpus[0]['name']} is there, but Triton is not, or does not work"}
+    if gpu["status"] == "failed":
+        return {"name": "triton", "why": f"{name}, although its kernels failed the check above: take device='cpu'"}
+    return {"name": "triton", "why": f"{name} runs the Triton kernels"}
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -33,6 +33,9 @@ def add_parser(subparsers: Any) -> None:
     source.add_argument("--file", type=Path, metavar="PATH", help="read the prompt from a UTF-8 text file")
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="DIR", help="checkpoint directory (default: the small built-in model)")
+    model.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda or cuda:N; auto is the first GPU if there is one"
+    )
     model.add_argument("--attention", choices=("sparse", "dense"), default="sparse", help="dense reads every key")
     model.add_argument(
         "--dtype",
@@ -99,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     )
     llm = heedful.LLM(
         args.model,
+        device=args.device,
         dtype=args.dtype,
         kv_cache_dtype=args.kv_cache_dtype,
         kv_cache_tokens=args.kv_cache_tokens,

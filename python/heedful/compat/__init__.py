@@ -1,5 +1,6 @@
-"""The tokenizer behind the interfaces of other libraries, for code that is written against them.
+"""heedful behind other libraries' interfaces, for code that is written against them; imported when asked for.
 
 `hugging_face.HuggingFaceTokenizer` reads like `tokenizers.Tokenizer`, `tiktoken.TiktokenEncoding` like
-`tiktoken.Encoding`. Neither library is needed, and `import heedful` imports none of this.
+`tiktoken.Encoding`. `flash_mla` and `deep_gemm` hold the functions of these names for DeepSeek Sparse Attention, over
+torch tensors on a GPU or a CPU. None of the libraries is needed, and `import heedful` imports none of this.
 """

@@ -26,7 +26,8 @@ class CacheLayout:
 
     Args:
         kv_cache_dtype: "float32", "bfloat16" or "fp8": latent rows in e4m3 with a scale for each 128 values, their
-            rotated part in bf16; index keys in int8 with a scale each, which CPUs multiply as they lie.
+            rotated part in bf16; index keys in bytes with a scale each: int8 on a CPU, which multiplies them as they
+            lie, e4m3 on a GPU.
         kv_lora_rank: C.
         qk_rope_head_dim: R.
         index_head_dim: Di.
@@ -51,7 +52,7 @@ class CacheLayout:
 
     @property
     def index_width(self) -> int:
-        """Elements of an index key: bytes for fp8 (132 for Di = 128: 128 int8 codes and a scale)."""
+        """Elements of an index key: bytes for fp8 (132 for Di = 128: 128 codes and a scale)."""
         return self.index_head_dim + 4 if self.kv_cache_dtype == "fp8" else self.index_head_dim
 
 

@@ -11,13 +11,15 @@ import torch
 
 from heedful.config import ModelConfig
 from heedful.engine.cache_layout import BLOCK_SIZE, KVCacheDtype, cache_layout
+from heedful.engine.placement import Placement, to_device
 
 _LATENTS: dict[KVCacheDtype, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "fp8": torch.uint8,
 }
-_INDEX_KEYS = {**_LATENTS, "fp8": torch.int8}
+_INDEX_CODES = {"cpu": torch.int8, "triton": torch.uint8}
+"""Bytes of index keys by what multiplies them: int8, or e4m3 codes."""
 
 
 class KVCaches:
@@ -27,12 +29,13 @@ class KVCaches:
         config: the model's configuration.
         num_blocks: blocks of 64 tokens.
         kv_cache_dtype: format of the rows.
-        device: where the tensors live.
+        placement: where the tensors live, and what reads them.
     """
 
     def __init__(
-        self, config: ModelConfig, num_blocks: int, kv_cache_dtype: KVCacheDtype, device: torch.device
+        self, config: ModelConfig, num_blocks: int, kv_cache_dtype: KVCacheDtype, placement: Placement
     ) -> None:
+        device = placement.device
         self.layout = cache_layout(config, kv_cache_dtype)
         self.num_blocks = num_blocks
 
@@ -43,7 +46,8 @@ class KVCaches:
             # NumPy's zeros are pages the system gives when they are first written; torch would touch them all now.
             return torch.from_numpy(np.zeros((*shape, dtype.itemsize), dtype=np.uint8)).view(dtype).view(shape)
 
-        latent, index = _LATENTS[kv_cache_dtype], _INDEX_KEYS[kv_cache_dtype]
+        latent = _LATENTS[kv_cache_dtype]
+        index = _INDEX_CODES[placement.backend] if kv_cache_dtype == "fp8" else latent
         layers = config.num_hidden_layers
         self.latent = [blocks(self.layout.latent_width, latent) for _ in range(layers)]
         self.index = [
@@ -52,7 +56,7 @@ class KVCaches:
 
     def copy_blocks(self, copies: np.ndarray) -> None:
         """Copies blocks in every cache, all sources before any target is written: int32 [c, 2] of (source, target)."""
-        sources, targets = torch.from_numpy(copies.astype(np.int64).T.copy()).to(self.latent[0].device)
+        sources, targets = to_device(torch.from_numpy(copies.astype(np.int64).T.copy()), self.latent[0].device)
         for cache in (*self.latent, *self.index):
             if cache is not None:
                 cache[targets] = cache[sources]

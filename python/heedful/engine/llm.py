@@ -18,16 +18,16 @@ from heedful.config import ModelConfig
 from heedful.engine.cache_layout import BLOCK_SIZE, KVCacheDtype, bytes_per_token, supported_cache_dtypes
 from heedful.engine.caches import KVCaches
 from heedful.engine.engine import LLMEngine
+from heedful.engine.graphs import CudaRecorder
 from heedful.engine.outputs import RequestOutput
 from heedful.engine.paged_attention import AttentionMode
+from heedful.engine.placement import Placement
 from heedful.engine.runner import ModelRunner
 from heedful.engine.sampling_params import SamplingParams
-from heedful.memory import available_memory, total_memory
+from heedful.engine.tuning import shapes_of, tune
+from heedful.memory import total_memory
 from heedful.models import load_model
 from heedful.weights import tensor_shapes
-
-MEMORY_SHARE = 0.4
-"""Share of the memory left beside the weights that the caches take when `kv_cache_tokens` is not given."""
 
 FLOAT32_SHARE = 0.25
 """Share of all memory that bfloat16 weights may take as float32 where that is quicker."""
@@ -49,7 +49,7 @@ class LLM:
 
     Args:
         model: directory with config.json, safetensors and (for text) tokenizer.json; None takes the built-in model.
-        device: "auto" or "cpu".
+        device: "auto", "cpu", "cuda" or "cuda:N"; auto is the first GPU if torch sees one and Triton is there.
         dtype: "float32", "bfloat16" or "auto": the checkpoint's own, but float32 where the CPU has no bfloat16 products
             (AVX2 alone) and float32 weights take at most a quarter of the memory.
         kv_cache_dtype: "float32", "bfloat16", "fp8" or "auto", the model's dtype.
@@ -60,6 +60,12 @@ class LLM:
         enable_prefix_caching: keep the cache rows of ended requests for others that begin alike.
         attention: "sparse", or "dense" for the baseline that reads every key.
         seed: from which requests without a seed of their own draw one.
+        backend: "auto", "cpu" (compiled operators, on the CPU) or "triton" (kernels, on a GPU; on the CPU under
+            TRITON_INTERPRET=1, slowly, to test them).
+        enforce_eager: on a GPU, launch decoding steps kernel by kernel rather than as CUDA graphs, which are recorded
+            while the model is loaded.
+        tune_kernels: measure the kernels' configurations for this model's shapes while it is loaded, with Triton's
+            backend; the tables are kept on disk, so later starts need not.
 
     Raises:
         ValueError: an argument, the configuration or a tensor is not what it must be; the message names it.
@@ -76,7 +82,7 @@ class LLM:
         self,
         model: str | os.PathLike[str] | None = None,
         *,
-        device: Literal["auto", "cpu"] = "auto",
+        device: str = "auto",
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         kv_cache_dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto",
         kv_cache_tokens: int | None = None,
@@ -86,8 +92,11 @@ class LLM:
         enable_prefix_caching: bool = True,
         attention: AttentionMode = "sparse",
         seed: int = 0,
+        backend: Literal["auto", "cpu", "triton"] = "auto",
+        enforce_eager: bool = False,
+        tune_kernels: bool = False,
     ) -> None:
-        _check_choice("device", device, ("auto", "cpu"))
+        placement = Placement.choose(device, backend)
         _check_choice("dtype", dtype, ("auto", "float32", "bfloat16"))
         _check_choice("kv_cache_dtype", kv_cache_dtype, ("auto", "float32", "bfloat16", "fp8"))
         _check_choice("attention", attention, ("sparse", "dense"))
@@ -100,23 +109,40 @@ class LLM:
             _check_positive(name, value)
         path = _model_path(model)
         self.config = ModelConfig.from_file(path)
-        self.dtype = _model_dtype(self.config, dtype)
+        self.device = placement.device
+        self.dtype = _model_dtype(self.config, dtype, placement)
         cache_dtype = _cache_dtype(self.config, self.dtype, kv_cache_dtype)
         max_model_len = _model_len(self.config, max_model_len)
-        network = load_model(path, self.config, self.dtype, torch.device("cpu"))
-        tokens = kv_cache_tokens or _tokens_that_fit(self.config, cache_dtype, max_model_len * max_num_seqs)
+        network = load_model(path, self.config, self.dtype, placement.device)
+        most = max_model_len * max_num_seqs
+        tokens = kv_cache_tokens or _tokens_that_fit(self.config, cache_dtype, most, placement)
         num_blocks = -(-tokens // BLOCK_SIZE)
-        _check_fits(num_blocks * BLOCK_SIZE * bytes_per_token(self.config, cache_dtype))
+        _check_fits(num_blocks * BLOCK_SIZE * bytes_per_token(self.config, cache_dtype), placement)
         self.tokenizer = Tokenizer.from_pretrained(path) if (path / "tokenizer.json").is_file() else None
-        self.caches = KVCaches(self.config, num_blocks, cache_dtype, torch.device("cpu"))
+        self.caches = KVCaches(self.config, num_blocks, cache_dtype, placement)
+        max_model_len = min(max_model_len, num_blocks * BLOCK_SIZE)
+        runner = ModelRunner(network, self.caches, attention, placement.backend)
+        if tune_kernels and placement.backend == "triton":
+            shapes = shapes_of(max_num_seqs, max_batched_tokens, max_model_len)
+            for _ in tqdm(tune(runner, shapes), total=len(shapes), desc="Measuring", unit="shape", leave=False):
+                pass
+        if placement.is_gpu:
+            runner.warm_up(min(max_batched_tokens, max_model_len))
+        if placement.is_gpu and not enforce_eager:
+            graphs = runner.record_decoding(
+                CudaRecorder(placement.device), max_num_seqs=max_num_seqs, max_model_len=max_model_len
+            )
+            count = len(graphs.batches) * len(graphs.contexts)
+            for _ in tqdm(graphs.warm_up(), total=count, desc="Recording", unit="graph", leave=False):
+                pass
         self.engine = LLMEngine(
-            ModelRunner(network, self.caches, attention),
+            runner,
             SchedulerConfig(
                 num_blocks=num_blocks,
                 block_size=BLOCK_SIZE,
                 max_batched_tokens=max_batched_tokens,
                 max_num_seqs=max_num_seqs,
-                max_model_len=min(max_model_len, num_blocks * BLOCK_SIZE),
+                max_model_len=max_model_len,
                 enable_prefix_caching=enable_prefix_caching,
             ),
             self.tokenizer,
@@ -181,9 +207,9 @@ def _model_path(model: str | os.PathLike[str] | None) -> Path:
     return path
 
 
-def _model_dtype(config: ModelConfig, dtype: str) -> torch.dtype:
+def _model_dtype(config: ModelConfig, dtype: str, placement: Placement) -> torch.dtype:
     if dtype == "auto":
-        widened = config.dtype == "float32" or _float32_is_quicker(config)
+        widened = config.dtype == "float32" or (not placement.is_gpu and _float32_is_quicker(config))
         dtype = "float32" if widened else "bfloat16"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
@@ -220,22 +246,23 @@ def _model_len(config: ModelConfig, max_model_len: int | None) -> int:
     return max_model_len
 
 
-def _tokens_that_fit(config: ModelConfig, kv_cache_dtype: KVCacheDtype, most: int) -> int:
+def _tokens_that_fit(config: ModelConfig, kv_cache_dtype: KVCacheDtype, most: int, placement: Placement) -> int:
     """Tokens in the caches: as many as could ever be used, or as a share of the free memory holds."""
-    free = available_memory()
+    free = placement.available_memory()
     if free is None:
         raise ValueError("kv_cache_tokens: expected a number: this system does not tell its free memory")
-    fit = int(free * MEMORY_SHARE) // bytes_per_token(config, kv_cache_dtype)
+    fit = int(free * placement.memory_share) // bytes_per_token(config, kv_cache_dtype)
     if fit < BLOCK_SIZE:
         raise MemoryError(f"kv_cache_tokens: {free} free bytes hold no block of {BLOCK_SIZE} tokens")
     return min(most, fit // BLOCK_SIZE * BLOCK_SIZE)
 
 
-def _check_fits(size: int) -> None:
+def _check_fits(size: int, placement: Placement) -> None:
     # The system gives cache pages when they are first written, so asking for too many would fail only then.
-    total = total_memory()
+    total = placement.total_memory()
     if total is not None and size > total:
-        raise MemoryError(f"kv_cache_tokens: the caches would take {size} bytes, this machine has {total}")
+        what = f"{placement.device}" if placement.is_gpu else "this machine"
+        raise MemoryError(f"kv_cache_tokens: the caches would take {size} bytes, {what} has {total}")
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[str | Sequence[int]]:

@@ -9,6 +9,7 @@ import torch
 
 from heedful import ops
 from heedful.engine.caches import KVCaches
+from heedful.engine.placement import Backend
 from heedful.nn import MLA, IndexProjection, LatentProjection
 
 AttentionMode = Literal["sparse", "dense"]
@@ -26,6 +27,8 @@ class StepLayout:
     """[B] int32: keys of each sequence, this step's included."""
     block_tables: torch.Tensor
     """[B, M] int32: blocks of each sequence, -1 past its end."""
+    max_seq_len: int
+    """At least the largest of seq_lens, known without asking the device."""
 
 
 class PagedAttention:
@@ -36,17 +39,22 @@ class PagedAttention:
         layout: where this step's tokens lie.
         mode: "sparse" reads the selected keys, "dense" all of them (the baseline, on the same caches and code path).
         index_topk: K, keys a query reads in sparse mode.
+        backend: what computes it.
     """
 
-    def __init__(self, caches: KVCaches, layout: StepLayout, *, mode: AttentionMode, index_topk: int) -> None:
+    def __init__(
+        self, caches: KVCaches, layout: StepLayout, *, mode: AttentionMode, index_topk: int, backend: Backend
+    ) -> None:
         self.caches = caches
         self.layout = layout
         self.mode = mode
         self.index_topk = index_topk
+        self.backend = backend
         self.pages: dict[str, Any] = {
             "block_tables": layout.block_tables,
             "seq_lens": layout.seq_lens,
             "query_start_loc": layout.query_start_loc,
+            "backend": backend,
         }
 
     def __call__(
@@ -60,7 +68,7 @@ class PagedAttention:
         cache = self.caches.latent[layer]
         rows = torch.cat((projection.latent, projection.k_pe), dim=-1)
         value_dim = mla.kv_lora_rank
-        ops.write_latent_cache(rows, cache, self.layout.slot_mapping, value_dim=value_dim)
+        ops.write_latent_cache(rows, cache, self.layout.slot_mapping, value_dim=value_dim, backend=self.backend)
         query = mla.absorb_query(projection)
         attend: dict[str, Any] = {"scale": mla.scale, "value_dim": value_dim, "cache": cache, **self.pages}
         if self.mode == "dense":
@@ -77,11 +85,26 @@ class PagedAttention:
         cache = self.caches.index[layer]
         assert cache is not None, f"layer {layer} has an indexer and no cache for its keys"
         query, key, weights = index.query, index.key, index.weights
-        if cache.dtype == torch.int8:
-            # The rotation leaves exact dot products unchanged and spreads outliers before they are rounded to bytes.
-            key = ops.hadamard(key)
-            query, scales = ops.quantize_int8(ops.hadamard(query))
+        # The rotation leaves exact dot products unchanged and spreads outliers before they are rounded to bytes.
+        in_bytes = cache.dtype.itemsize == 1
+        if in_bytes:
+            query, scales = self._quantize(ops.hadamard(query, backend=self.backend), cache.dtype)
             weights = weights * scales
-        ops.write_index_cache(key, cache, self.layout.slot_mapping)
+        ops.write_index_cache(key, cache, self.layout.slot_mapping, hadamard=in_bytes, backend=self.backend)
         # In rising order, which is how the rows lie in the pages that are read next.
-        return ops.index_top_k_paged(query, weights, self.index_topk, cache=cache, sorted=False, **self.pages)
+        return ops.index_top_k_paged(
+            query,
+            weights,
+            self.index_topk,
+            cache=cache,
+            sorted=False,
+            max_seq_len=self.layout.max_seq_len,
+            **self.pages,
+        )
+
+    def _quantize(self, query: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes [N, Hi, Di] as the keys' are, and their scales [N, Hi]."""
+        if dtype == torch.int8:
+            return ops.quantize_int8(query, backend=self.backend)
+        codes, scales = ops.quantize_fp8(query, group_size=query.shape[-1], backend=self.backend)
+        return codes.view(torch.float8_e4m3fn), scales[..., 0]

@@ -6,8 +6,11 @@ import numpy as np
 import torch
 
 from heedful import Step
+from heedful.engine.cache_layout import BLOCK_SIZE
 from heedful.engine.caches import KVCaches
+from heedful.engine.graphs import NO_SLOT, DecodeGraphs, Recorder
 from heedful.engine.paged_attention import AttentionMode, PagedAttention, StepLayout
+from heedful.engine.placement import Backend, to_device
 from heedful.models import DSAForCausalLM
 
 
@@ -18,34 +21,75 @@ class ModelRunner:
         model: in evaluation mode, on the caches' device.
         caches: paged caches of all layers.
         attention: "sparse" or "dense".
+        backend: what computes attention.
     """
 
-    def __init__(self, model: DSAForCausalLM, caches: KVCaches, attention: AttentionMode) -> None:
+    def __init__(
+        self, model: DSAForCausalLM, caches: KVCaches, attention: AttentionMode, backend: Backend = "cpu"
+    ) -> None:
         self.model = model
         self.caches = caches
         self.attention = attention
+        self.backend = backend
         self.device = model.lm_head.weight.device
+        self.graphs: DecodeGraphs | None = None
+
+    def record_decoding(self, recorder: Recorder, *, max_num_seqs: int, max_model_len: int) -> DecodeGraphs:
+        """From now on decoding steps replay recordings, which are made when a size first comes, or by `warm_up`."""
+        self.graphs = DecodeGraphs(
+            self._compute, recorder, max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=self.device
+        )
+        return self.graphs
+
+    def warm_up(self, max_tokens: int) -> None:
+        """Compiles what prompts need, by computing some that write no row: a long one, and one of an odd length.
+
+        Args:
+            max_tokens: of the longest prompt (or part of one) that a step can have.
+        """
+        for N in dict.fromkeys((max_tokens, min(max_tokens, 17))):
+            places = torch.arange(N, dtype=torch.int32, device=self.device)
+            layout = StepLayout(
+                slot_mapping=torch.full((N,), NO_SLOT, dtype=torch.int64, device=self.device),
+                query_start_loc=torch.tensor([0, N], dtype=torch.int32, device=self.device),
+                seq_lens=torch.tensor([N], dtype=torch.int32, device=self.device),
+                block_tables=torch.zeros((1, -(-N // BLOCK_SIZE)), dtype=torch.int32, device=self.device),
+                max_seq_len=N,
+            )
+            self._compute(torch.zeros_like(places), places, layout)
 
     @torch.inference_mode()
     def run(self, step: Step) -> torch.Tensor:
-        """Makes the step's copies, computes its N tokens and writes their cache rows: hidden states [N, D]."""
+        """Makes the step's copies, computes its N tokens and writes their cache rows: hidden states [N, D].
+
+        They are valid until the next step.
+        """
         if len(step.copies):
             self.caches.copy_blocks(step.copies)
+        if self.graphs is not None and (hidden := self.graphs.run(step)) is not None:
+            return hidden
         layout = StepLayout(
             slot_mapping=self._tensor(step.slot_mapping),
             query_start_loc=self._tensor(step.query_start_loc),
             seq_lens=self._tensor(step.seq_lens),
             block_tables=self._tensor(step.block_tables),
+            max_seq_len=int(step.seq_lens.max()),
         )
-        # No query can read more keys than its sequence has: a wider selection would be padding.
-        index_topk = min(self.model.config.index_topk, int(step.seq_lens.max()))
-        attention = PagedAttention(self.caches, layout, mode=self.attention, index_topk=index_topk)
-        return self.model.model(self._tensor(step.token_ids), self._tensor(step.positions), attention)
+        return self._compute(self._tensor(step.token_ids), self._tensor(step.positions), layout)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
         """Logits of some rows of `run`'s result: float32 [len(rows), V]."""
         return self.model.lm_head(hidden[self._tensor(rows)]).float()
 
+    @torch.inference_mode()
+    def _compute(self, token_ids: torch.Tensor, positions: torch.Tensor, layout: StepLayout) -> torch.Tensor:
+        # No query can read more keys than its sequence has: a wider selection would be padding.
+        index_topk = min(self.model.config.index_topk, layout.max_seq_len)
+        attention = PagedAttention(
+            self.caches, layout, mode=self.attention, index_topk=index_topk, backend=self.backend
+        )
+        return self.model.model(token_ids, positions, attention)
+
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return to_device(torch.from_numpy(array), self.device)

@@ -9,7 +9,11 @@ import numpy as np
 import torch
 
 from heedful.engine.outputs import Logprob, TokenLogprobs
+from heedful.engine.placement import to_device
 from heedful.engine.sampling_params import SamplingParams
+
+ROWS_AT_A_TIME = 64
+"""Rows drawn at a time: float64 copies of a vocabulary are large."""
 
 
 @dataclass(slots=True)
@@ -43,7 +47,7 @@ class SamplingState:
 
 
 def sample(logits: torch.Tensor, states: list[SamplingState]) -> np.ndarray:
-    """Draws one token a row.
+    """Draws one token a row, where the logits are; only the tokens leave the device.
 
     Args:
         logits: [n, V] float32; not changed.
@@ -56,60 +60,82 @@ def sample(logits: torch.Tensor, states: list[SamplingState]) -> np.ndarray:
         FloatingPointError: a row's logits are NaN or all -inf.
     """
     best = logits.amax(-1)
-    if not bool(best.isfinite().all()):
-        row = int((~best.isfinite()).nonzero()[0])
-        raise FloatingPointError(f"logits: expected finite numbers, row {row} has a maximum of {float(best[row])}")
-    rows = logits.cpu().numpy()
-    return np.array([_sample_row(row, state) for row, state in zip(rows, states, strict=True)], dtype=np.int32)
+    if any(state.params.has_penalties for state in states):
+        logits = _penalize(logits, states)
+    tokens = logits.argmax(-1)
+    drawn = [row for row, state in enumerate(states) if state.params.temperature > 0.0]
+    for filtered in (False, True):
+        rows = [row for row in drawn if _has_filters(states[row].params) is filtered]
+        for first in range(0, len(rows), ROWS_AT_A_TIME):
+            part = rows[first : first + ROWS_AT_A_TIME]
+            where = to_device(torch.tensor(part), logits.device)
+            tokens[where] = _draw(logits[where], [states[row] for row in part], filtered)
+    # One transfer carries both, because each waits for the device.
+    result = torch.stack((tokens.double(), best.double())).cpu().numpy()
+    if not np.isfinite(result[1]).all():
+        row = int((~np.isfinite(result[1])).nonzero()[0][0])
+        raise FloatingPointError(f"logits: expected finite numbers, row {row} has a maximum of {result[1, row]}")
+    return result[0].astype(np.int32)
 
 
-def _sample_row(logits: np.ndarray, state: SamplingState) -> int:
-    params = state.params
-    if params.has_penalties:
-        logits = _penalize(logits, state)
-    if params.temperature == 0.0:
-        return int(logits.argmax())
-    scaled = (logits.astype(np.float64) - logits.max()) / params.temperature
-    if params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0:
-        return _draw(np.exp(scaled), state)
-    kept = _kept_tokens(scaled, params)
-    return int(kept[_draw(np.exp(scaled[kept]), state)])
+def _has_filters(params: SamplingParams) -> bool:
+    return (params.top_k, params.top_p, params.min_p) != (0, 1.0, 0.0)
 
 
-def _kept_tokens(scaled: np.ndarray, params: SamplingParams) -> np.ndarray:
-    """Ids that min_p, top_k and top_p leave, the most likely first (the lowest id on ties); never empty."""
-    order = np.argsort(-scaled, kind="stable")
-    if params.min_p > 0.0:
-        order = order[: max(1, int((scaled >= np.log(params.min_p)).sum()))]
-    if params.top_k > 0:
-        order = order[: params.top_k]
-    if params.top_p < 1.0:
-        probs = np.exp(scaled[order])
-        before = np.cumsum(probs) - probs
-        order = order[: max(1, int((before < params.top_p * probs.sum()).sum()))]
-    return order
+def _draw(logits: torch.Tensor, states: list[SamplingState], filtered: bool) -> torch.Tensor:
+    """int64 [n] token ids of rows with a temperature, in float64 by the inverse of the cumulative sum."""
+    values = [
+        (state.uniform(), state.params.temperature, state.params.top_p, state.params.min_p, state.params.top_k)
+        for state in states
+    ]
+    columns = to_device(torch.tensor(values, dtype=torch.float64), logits.device).T[..., None]
+    uniform, temperature, top_p, min_p, top_k = columns
+    scaled = (logits.double() - logits.amax(-1, keepdim=True)) / temperature
+    if not filtered:
+        return _inverse(scaled.exp(), uniform)[:, 0]
+    # The most likely first, the lowest id on ties: what min_p, top_k and top_p leave is a prefix, never empty.
+    scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
+    place = torch.arange(scaled.shape[-1], device=logits.device)
+    kept = (scaled >= min_p.log()) & ((place < top_k) | (top_k == 0)) | (place == 0)
+    weights = scaled.exp().where(kept, 0.0)
+    before = weights.cumsum(-1) - weights
+    kept = (before < top_p * weights.sum(-1, keepdim=True)) | (top_p >= 1.0) | (place == 0)
+    return order.gather(-1, _inverse(weights.where(kept, 0.0), uniform))[:, 0]
 
 
-def _draw(weights: np.ndarray, state: SamplingState) -> int:
-    """An index with probability weights / sum(weights), by the inverse of the cumulative sum."""
-    cumulative = np.cumsum(weights)
-    place = int(np.searchsorted(cumulative, state.uniform() * cumulative[-1], side="right"))
-    return min(place, int(weights.nonzero()[0][-1]))
+def _inverse(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Indices [n, 1] with probability weights / sum(weights), never one of weight 0."""
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1:].contiguous()
+    last = torch.searchsorted(cumulative, total).clamp_max_(weights.shape[-1] - 1)  # sums of NaN are past the end
+    return torch.minimum(torch.searchsorted(cumulative, uniform * total, right=True), last)
 
 
-def _penalize(logits: np.ndarray, state: SamplingState) -> np.ndarray:
-    """Logits after the repetition, frequency and presence penalties, in a new array."""
-    params = state.params
-    logits = logits.copy()
-    generated = np.fromiter(state.output_counts, dtype=np.int64, count=len(state.output_counts))
-    if params.repetition_penalty != 1.0:
-        seen = np.union1d(generated, np.asarray(state.prompt_token_ids, dtype=np.int64))
-        values = logits[seen]
-        penalty = params.repetition_penalty
-        logits[seen] = np.where(values > 0, values / penalty, values * penalty)
-    counts = np.fromiter(state.output_counts.values(), dtype=np.float32, count=len(state.output_counts))
-    logits[generated] -= params.frequency_penalty * counts + params.presence_penalty
+def _penalize(logits: torch.Tensor, states: list[SamplingState]) -> torch.Tensor:
+    """Logits after the repetition, frequency and presence penalties, in a new tensor."""
+    logits = logits.clone()
+    repeated: list[tuple[int, int, float]] = []  # row, token, factor
+    generated: list[tuple[int, int, float]] = []  # row, token, what is subtracted
+    for row, state in enumerate(states):
+        params = state.params
+        if not params.has_penalties:
+            continue
+        counts = state.output_counts
+        if params.repetition_penalty != 1.0:
+            seen = counts.keys() | set(state.prompt_token_ids)
+            repeated += [(row, token, params.repetition_penalty) for token in seen]
+        frequency, presence = params.frequency_penalty, params.presence_penalty
+        generated += [(row, token, frequency * count + presence) for token, count in counts.items()]
+    for entries, change in ((repeated, _weaken), (generated, torch.sub)):
+        if entries:
+            rows, tokens, amounts = to_device(torch.tensor(entries, dtype=torch.float64), logits.device).unbind(-1)
+            where = (rows.long(), tokens.long())
+            logits[where] = change(logits[where], amounts.float())
     return logits
+
+
+def _weaken(values: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
+    return torch.where(values > 0, values / penalty, values * penalty)
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: np.ndarray, top: int) -> list[TokenLogprobs]:

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 from heedful.nn.mlp import MLP
 
+FEW_TOKENS = 256
+"""Up to this many tokens, running every expert is better on a GPU than waiting for it to tell which are hit."""
+
 
 class Routing(NamedTuple):
     """Which experts a token goes to."""
@@ -92,10 +95,58 @@ class Experts(nn.Module):
         nn.init.normal_(self.down_proj, std=intermediate_size**-0.5)
 
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """x [N, D] -> the weighed sum of each token's experts [N, D], summed in float32.
+        """x [N, D] -> the weighed sum of each token's experts [N, D], summed in float32."""
+        if x.device.type == "cpu" or torch.is_grad_enabled():
+            return self._by_expert(x, routing)
+        if self._can_group(x):
+            return self._grouped(x, routing)
+        if len(x) > FEW_TOKENS:
+            return self._by_expert(x, routing)
+        # What is gathered is read, written and read again.
+        few = 3 * routing.experts.numel() < len(self.gate_up_proj)
+        return self._gathered(x, routing) if few else self._every_expert(x, routing)
 
-        Tokens are grouped by expert, so each expert that is hit runs two matrix products and the others cost nothing.
+    def _can_group(self, x: torch.Tensor) -> bool:
+        """Whether one kernel multiplies all experts' groups: bfloat16 rows of whole 16 bytes, on Hopper and Blackwell.
+
+        Elsewhere torch's grouped product is a loop that waits for the device.
         """
+        aligned = all(size % 8 == 0 for size in (*self.gate_up_proj.shape[1:], *self.down_proj.shape[1:]))
+        served = torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+        return x.dtype == torch.bfloat16 and aligned and served and hasattr(F, "grouped_mm")
+
+    def _grouped(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """All experts in two grouped products. It does not wait for the device, so that a CUDA graph can hold it."""
+        top_k = routing.experts.shape[-1]
+        chosen = routing.experts.flatten()
+        order = chosen.argsort(stable=True)
+        counts = torch.zeros(len(self.gate_up_proj), dtype=torch.int32, device=x.device)
+        counts.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.int32))
+        ends = counts.cumsum(0).to(torch.int32)
+        gate, up = F.grouped_mm(x[order // top_k], self.gate_up_proj.transpose(-2, -1), offs=ends).chunk(2, dim=-1)
+        y = F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(-2, -1), offs=ends)
+        # Each row to its place, then a sum in a fixed order: atomic additions would not repeat.
+        placed = torch.empty_like(y)
+        placed[order] = y
+        return _weighed(placed, routing).to(x.dtype)
+
+    def _gathered(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Each token's experts copied side by side, for few tokens; it does not wait for the device either."""
+        chosen = routing.experts.flatten()
+        rows = x.repeat_interleave(routing.experts.shape[-1], 0)[..., None]
+        gate, up = (self.gate_up_proj[chosen] @ rows).chunk(2, dim=1)
+        return _weighed(self.down_proj[chosen] @ (F.silu(gate) * up), routing).to(x.dtype)
+
+    def _every_expert(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Every expert over every token, most with a weight of zero. It does not wait for the device either."""
+        weights = torch.zeros(len(x), len(self.gate_up_proj), dtype=torch.float32, device=x.device)
+        weights.scatter_(1, routing.experts, routing.weights)
+        gate, up = (x @ self.gate_up_proj.transpose(-2, -1)).chunk(2, dim=-1)  # [E, N, I]
+        y = (F.silu(gate) * up) @ self.down_proj.transpose(-2, -1)
+        return torch.einsum("end,ne->nd", y.float(), weights).to(x.dtype)
+
+    def _by_expert(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Tokens grouped by expert: each expert that is hit runs two matrix products and the others cost nothing."""
         top_k = routing.experts.shape[-1]
         order = routing.experts.flatten().argsort(stable=True)
         counts = routing.experts.flatten().bincount(minlength=self.gate_up_proj.shape[0]).tolist()
@@ -111,6 +162,11 @@ class Experts(nn.Module):
             y = F.linear(F.silu(gate) * up, self.down_proj[expert])
             out = out.index_add(0, tokens, y * routing.weights.flatten()[slots, None])
         return out.to(x.dtype)
+
+
+def _weighed(y: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Experts' results [N * top_k, D, ...] -> the weighed sum of each token's [N, D] float32."""
+    return (y.float().view(*routing.experts.shape, -1) * routing.weights[..., None]).sum(1)
 
 
 class MoE(nn.Module):

@@ -1,7 +1,8 @@
 """The operators of DeepSeek Sparse Attention: score, select, attend, and the paged caches they read.
 
-NumPy arrays in, NumPy arrays out; CPU torch tensors in, torch tensors out; nothing is copied on the way if it
-is contiguous. `heedful.ops.reference` holds the same operators in float64 NumPy, ten lines each.
+NumPy arrays in, NumPy arrays out, torch tensors in, torch tensors out; nothing is copied on the way if it is
+contiguous. CUDA tensors are computed by the Triton kernels of `heedful.kernels`, all others in Rust.
+`heedful.ops.reference` holds the same operators in float64 NumPy, ten lines each.
 """
 
 from heedful.ops.attention import (

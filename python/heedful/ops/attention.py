@@ -8,20 +8,20 @@
 
 Sums are float32. Where the CPU multiplies bfloat16 (AVX-512 BF16), attention of bfloat16 queries over bfloat16 or FP8
 rows rounds probabilities, and FP8 values times their scale, to bfloat16; every other combination computes in float32.
-Results do not depend on the number of threads or on the other queries.
+Results do not depend on the number of threads or on the other queries. CUDA tensors are computed by the Triton kernels
+of `heedful.kernels`, which round probabilities to the dtype of the rows.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
 from heedful import _core
-from heedful._arrays import FLOATS, A, Arguments, View, integer
+from heedful._arrays import FLOATS, A, Arguments, View, finite, integer
 from heedful.ops import reference
-from heedful.ops.pages import paged_arguments, storage
+from heedful.ops.pages import Batch, paged_arguments, storage
 
 
 def sparse_attention(
@@ -33,6 +33,7 @@ def sparse_attention(
     value_dim: int | None = None,
     v: A | None = None,
     sink: A | None = None,
+    topk_length: Any = None,
     backend: str = "auto",
 ) -> tuple[A, A]:
     """Attention of each query over its chosen keys alone.
@@ -45,7 +46,8 @@ def sparse_attention(
         value_dim: Dv, when values are the first Dv numbers of kv; default Dk.
         v: values apart from the keys, [S, Dv] or [S, Hkv, Dv].
         sink: [H] float32; exp(sink) is added to the denominator (not to lse).
-        backend: "auto", "cpu" or "reference".
+        topk_length: [T] integers: a query reads the first topk_length of its indices; default all.
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         out [T, H, Dv] in q's dtype; lse float32 [T, H], the natural logarithm of the sum of exp(scale q . k).
@@ -54,7 +56,7 @@ def sparse_attention(
     Raises:
         ValueError: an argument of another shape, dtype or value; it is named.
     """
-    return _contiguous(Arguments(backend), q, kv, indices, None, scale, value_dim, v, sink)
+    return _contiguous(Arguments(backend), q, kv, indices, None, scale, value_dim, v, sink, topk_length)
 
 
 def dense_attention(
@@ -89,17 +91,19 @@ def sparse_attention_paged(
     scale: float,
     value_dim: int,
     cache: A,
-    block_tables: Any,
-    seq_lens: Any,
-    query_start_loc: Any,
+    block_tables: Any = None,
+    seq_lens: Any = None,
+    query_start_loc: Any = None,
     sink: A | None = None,
+    topk_length: Any = None,
     backend: str = "auto",
 ) -> tuple[A, A]:
     """`sparse_attention` of a ragged batch whose latent rows lie in pages.
 
     Args:
         q: [N, H, C + R], the queries of B sequences in a row; those of a sequence are its last tokens.
-        indices: [N, K] int32, positions in the query's own sequence; any below 0 or >= seq_len is skipped.
+        indices: [N, K] int32, positions in the query's own sequence; any below 0 or >= seq_len is skipped. Without
+            block_tables, seq_lens and query_start_loc they are slots of the cache, block * 64 + offset.
         scale: factor of the logits.
         value_dim: C; a key is the whole row, its value the first C numbers.
         cache: [num_blocks, 64, C + R] float32 or bfloat16, or uint8 with rows of C e4m3 codes, a float32
@@ -108,7 +112,8 @@ def sparse_attention_paged(
         seq_lens: [B] int32, keys of each sequence including this step's tokens.
         query_start_loc: [B + 1] int32, first row of each sequence in q, then N.
         sink: [H] float32.
-        backend: "auto", "cpu" or "reference".
+        topk_length: [N] integers, as for `sparse_attention`.
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         out [N, H, C] in q's dtype, lse float32 [N, H].
@@ -118,7 +123,9 @@ def sparse_attention_paged(
             cache; it is named.
     """
     batch = (block_tables, seq_lens, query_start_loc)
-    return _paged(Arguments(backend), q, indices, scale, value_dim, cache, batch, sink)
+    if block_tables is None and any(part is not None for part in batch):
+        raise ValueError("block_tables: expected int32 [B, M] with seq_lens and query_start_loc, got None")
+    return _paged(Arguments(backend), q, indices, scale, value_dim, cache, batch, sink, topk_length)
 
 
 def dense_attention_paged(
@@ -143,7 +150,7 @@ def hadamard(x: A, *, backend: str = "auto") -> A:
 
     Args:
         x: [..., D] float32, bfloat16 or float16, D a power of two.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         The same shape and dtype.
@@ -156,6 +163,11 @@ def hadamard(x: A, *, backend: str = "auto") -> A:
     D = view.shape[-1] if view.shape else 0
     if D < 1 or D & (D - 1):
         raise ValueError(f"x: expected a last dimension that is a power of two, got shape {list(view.shape)}")
+    if call.triton:
+        from heedful.kernels import hadamard as kernel
+
+        with call.launching():
+            return call.give(kernel.hadamard(view.data), view.dtype)
     if call.reference:
         return call.give(reference.hadamard(view.float64()), view.dtype)
     out = np.empty_like(view.data)
@@ -173,6 +185,7 @@ def _contiguous(
     value_dim: Any,
     v: Any,
     sink: Any,
+    topk_length: Any = None,
 ) -> tuple[Any, Any]:
     query = call.take("q", q, FLOATS, "T, H, Dk")
     grouped = getattr(kv, "ndim", 2) == 3
@@ -184,7 +197,12 @@ def _contiguous(
     chosen = None if indices is None else call.take("indices", indices, ("int32",), "T, K")
     positions = None if q_positions is None else call.integers("q_positions", q_positions, "T", np.int64)
     sinks = None if sink is None else call.take("sink", sink, ("float32",), "H")
-    scale = _scale(scale)
+    lengths = None if topk_length is None else call.integers("topk_length", topk_length, "T", np.int32)
+    scale = finite("scale", scale)
+    if call.triton:
+        _check_heads(query, keys)
+        return _launch_contiguous(call, query, keys, chosen, positions, scale, width, values, sinks, lengths)
+    chosen = _shortened(chosen, lengths)
     # One shared row a key is one key head.
     if not grouped:
         keys, values = _one_head(keys), None if values is None else _one_head(values)
@@ -211,14 +229,19 @@ def _paged(
     cache: Any,
     batch: tuple[Any, Any, Any],
     sink: Any,
+    topk_length: Any = None,
 ) -> tuple[Any, Any]:
     query = call.take("q", q, FLOATS, "N, H, Dk")
     width = _width(value_dim, call.size("Dk"))
     pages = storage(call, cache, call.size("Dk"), width)
     chosen = None if indices is None else call.take("indices", indices, ("int32",), "N, K")
-    tables = paged_arguments(call, pages, *batch)
+    tables = _every_slot(call, pages) if batch[0] is None else paged_arguments(call, pages, *batch)
     sinks = None if sink is None else call.take("sink", sink, ("float32",), "H")
-    scale = _scale(scale)
+    lengths = None if topk_length is None else call.integers("topk_length", topk_length, "N", np.int32)
+    scale = finite("scale", scale)
+    if call.triton:
+        return _launch_paged(call, query, chosen, pages, tables, scale, width, sinks, lengths)
+    chosen = _shortened(chosen, lengths)
     out, lse = _outputs(query, width)
     if not call.reference:
         _core.attention_paged(query.data, _data(chosen), pages.data, *tables, scale, width, _data(sinks), out, lse)
@@ -233,6 +256,91 @@ def _paged(
         else:
             wide[rows], lse[rows] = reference.sparse_attention(part, kv, chosen.data[rows], scale, width, None, s)
     return call.give(wide, query.dtype), call.give(lse, "float32")
+
+
+def _launch_contiguous(
+    call: Arguments,
+    query: View,
+    keys: View,
+    chosen: View | None,
+    positions: Any,
+    scale: float,
+    width: int,
+    values: View | None,
+    sinks: View | None,
+    lengths: Any,
+) -> tuple[Any, Any]:
+    from heedful.kernels import sparse_attention as kernel
+
+    with call.launching():
+        return kernel.sparse_attention(
+            query.data,
+            keys.data,
+            _data(chosen),
+            scale=scale,
+            value_dim=width,
+            v=_data(values),
+            sink=_data(sinks),
+            topk_length=lengths,
+            q_positions=positions,
+        )
+
+
+def _launch_paged(
+    call: Arguments,
+    query: View,
+    chosen: View | None,
+    pages: View,
+    tables: Batch,
+    scale: float,
+    width: int,
+    sinks: View | None,
+    lengths: Any,
+) -> tuple[Any, Any]:
+    from heedful.kernels import sparse_attention as kernel
+
+    block_tables, seq_lens, query_start_loc = tables
+    with call.launching():
+        return kernel.sparse_attention_paged(
+            query.data,
+            _data(chosen),
+            scale=scale,
+            value_dim=width,
+            cache=pages.data,
+            block_tables=block_tables,
+            seq_lens=seq_lens,
+            query_start_loc=query_start_loc,
+            sink=_data(sinks),
+            topk_length=lengths,
+        )
+
+
+def _check_heads(query: View, keys: View) -> None:
+    """That key heads divide the query's; the core checks it by itself."""
+    H, Hkv = query.shape[1], keys.shape[1] if len(keys.shape) == 3 else 1
+    if Hkv < 1 or H % Hkv:
+        raise ValueError(f"kv: expected a number of heads that divides {H}, got {Hkv}")
+
+
+def _every_slot(call: Arguments, pages: View) -> Batch:
+    """A batch in which positions are slots: each of its sequences is the whole cache, and takes as many queries."""
+    if call.triton:
+        return None, None, None
+    blocks, N = len(pages.data), call.size("N")
+    if not blocks:
+        raise ValueError("cache: expected at least one block, got none")
+    most = 64 * blocks  # queries of a sequence
+    B = max(1, -(-N // most))
+    starts = np.minimum(np.arange(B + 1, dtype=np.int64) * most, N).astype(np.int32)
+    return np.tile(np.arange(blocks, dtype=np.int32), (B, 1)), np.full(B, most, np.int32), starts
+
+
+def _shortened(chosen: View | None, lengths: Any) -> View | None:
+    """The indices with -1 behind each row's length."""
+    if chosen is None or lengths is None:
+        return chosen
+    kept = np.arange(chosen.shape[1]) < lengths[:, None]
+    return View(np.where(kept, chosen.data, np.int32(-1)), chosen.dtype)
 
 
 def _outputs(query: View, width: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -250,16 +358,6 @@ def _float64(view: View | None) -> Any:
 
 def _data(view: View | None) -> Any:
     return None if view is None else view.data
-
-
-def _scale(scale: Any) -> float:
-    try:
-        value = float(scale)
-    except (TypeError, ValueError):
-        raise ValueError(f"scale: expected a finite number, got {scale!r}") from None
-    if not math.isfinite(value):
-        raise ValueError(f"scale: expected a finite number, got {value}")
-    return value
 
 
 def _width(value_dim: Any, dim: int) -> int:

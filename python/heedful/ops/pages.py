@@ -19,14 +19,14 @@ from heedful import _core
 from heedful._arrays import FLOATS, A, Arguments, View, integer
 from heedful.ops import reference
 
-#: Block tables [B, M], sequence lengths [B] and starts of their queries [B + 1], int32.
-Batch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
+#: Block tables [B, M], sequence lengths [B] and starts of their queries [B + 1], int32; tensors in Triton's calls.
+Batch = tuple[Any, Any, Any]
 
 _STORAGE = ("float32", "bfloat16", "uint8")
 _INDEX_STORAGE = (*_STORAGE, "int8")
 
 
-def write_latent_cache(latent: A, cache: A, slot_mapping: Any, *, value_dim: int) -> None:
+def write_latent_cache(latent: A, cache: A, slot_mapping: Any, *, value_dim: int, backend: str = "auto") -> None:
     """Writes latent rows to their slots, in the cache's format.
 
     Args:
@@ -34,24 +34,51 @@ def write_latent_cache(latent: A, cache: A, slot_mapping: Any, *, value_dim: int
         cache: see the table above; written in place, so it must be C-contiguous.
         slot_mapping: [N] integers; -1 skips the row. A slot may be named once.
         value_dim: C.
+        backend: "auto", "cpu" or "triton".
 
     Raises:
         ValueError: an argument of another shape, dtype or value, a slot outside the cache; then
-            nothing is written.
+            nothing is written. Slots on a CUDA device are the caller's to keep inside it.
     """
-    call = Arguments("cpu")
+    call = _writing(backend)
     rows = call.take("latent", latent, FLOATS, "N, Dk")
     width = integer("value_dim", value_dim, 1, call.size("Dk"))
     pages = storage(call, cache, call.size("Dk"), width)
-    _core.write_cache(rows.data, pages.data, call.integers("slot_mapping", slot_mapping, "N", np.int64), width)
+    slots = call.integers("slot_mapping", slot_mapping, "N", np.int64)
+    if call.triton:
+        from heedful.kernels import write_cache as kernel
+
+        _check_slots(call, slots, pages)
+        with call.launching():
+            kernel.write_latent_cache(rows.data, pages.data, slots, value_dim=width)
+        return
+    _core.write_cache(rows.data, pages.data, slots, width)
 
 
-def write_index_cache(keys: A, cache: A, slot_mapping: Any) -> None:
-    """Writes index keys [N, Di] to their slots, in the cache's format; otherwise as `write_latent_cache`."""
-    call = Arguments("cpu")
+def write_index_cache(keys: A, cache: A, slot_mapping: Any, *, hadamard: bool = False, backend: str = "auto") -> None:
+    """Writes index keys [N, Di] to their slots, in the cache's format; otherwise as `write_latent_cache`.
+
+    With `hadamard` the keys are rotated first (`heedful.ops.hadamard`); Di is then a power of two.
+    """
+    call = _writing(backend)
     rows = call.take("keys", keys, FLOATS, "N, Di")
-    pages = storage(call, cache, call.size("Di"), None)
-    _core.write_cache(rows.data, pages.data, call.integers("slot_mapping", slot_mapping, "N", np.int64), None)
+    Di = call.size("Di")
+    if hadamard and Di & (Di - 1):
+        raise ValueError(f"keys: expected a Di that is a power of two for hadamard=True, got {Di}")
+    pages = storage(call, cache, Di, None)
+    slots = call.integers("slot_mapping", slot_mapping, "N", np.int64)
+    if call.triton:
+        from heedful.kernels import write_cache as kernel
+
+        _check_slots(call, slots, pages)
+        with call.launching():
+            kernel.write_index_cache(rows.data, page_rows(pages), slots, hadamard=bool(hadamard))
+        return
+    written = rows.data
+    if hadamard:
+        written = np.empty_like(rows.data)
+        _core.hadamard(rows.data, Di, written)
+    _core.write_cache(written, pages.data, slots, None)
 
 
 def read_latent_cache(cache: A, slots: Any, *, value_dim: int, rope_dim: int) -> A:
@@ -81,7 +108,7 @@ def quantize_fp8(x: A, *, group_size: int = 128, backend: str = "auto") -> tuple
     Args:
         x: [..., D] float32, bfloat16 or float16.
         group_size: values that share a scale.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         codes uint8 [..., D] and scales float32 [..., ceil(D / group_size)].
@@ -95,6 +122,12 @@ def quantize_fp8(x: A, *, group_size: int = 128, backend: str = "auto") -> tuple
     if view.data.ndim == 0:
         raise ValueError("x: expected at least one dimension, got a scalar")
     *lead, D = view.shape
+    if call.triton:
+        from heedful.kernels import quantize as kernel
+
+        with call.launching():
+            found = kernel.quantize_fp8(view.data, group_size=group)
+        return call.give(found[0], "uint8"), call.give(found[1], "float32")
     if call.reference:
         codes, scales = reference.quantize_fp8(view.float64(), group)
     else:
@@ -112,7 +145,7 @@ def quantize_int8(x: A, *, backend: str = "auto") -> tuple[A, A]:
 
     Args:
         x: [..., D] float32, bfloat16 or float16.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         codes int8 [..., D] from -127 to 127 and scales float32 [...].
@@ -124,6 +157,12 @@ def quantize_int8(x: A, *, backend: str = "auto") -> tuple[A, A]:
     view = call.take("x", x, FLOATS, "...")
     if view.data.ndim == 0:
         raise ValueError("x: expected at least one dimension, got a scalar")
+    if call.triton:
+        from heedful.kernels import quantize as kernel
+
+        with call.launching():
+            found = kernel.quantize_int8(view.data)
+        return call.give(found[0], "int8"), call.give(found[1], "float32")
     if call.reference:
         codes, scales = reference.quantize_int8(view.float64())
     else:
@@ -148,6 +187,11 @@ def dequantize_fp8(codes: A, scales: A, *, group_size: int = 128, backend: str =
     if not code.shape or scale.shape != (*lead, -(-D // group)):
         expected = [*lead, -(-D // group)]
         raise ValueError(f"scales: expected float32 {expected} for codes {list(code.shape)}, got {list(scale.shape)}")
+    if call.triton:
+        import torch
+
+        values = code.data.view(torch.float8_e4m3fn).float()
+        return values * scale.data.repeat_interleave(group, dim=-1)[..., :D]
     if call.reference:
         return call.give(reference.dequantize_fp8(code.data, scale.data, group), "float32")
     out = np.empty(code.shape, np.float32)
@@ -172,14 +216,38 @@ def storage(call: Arguments, cache: Any, dim: int, value_dim: int | None) -> Vie
 def paged_arguments(call: Arguments, pages: View, block_tables: Any, seq_lens: Any, query_start_loc: Any) -> Batch:
     """Views a ragged batch and checks it against the N queries and the pages.
 
-    Raises ValueError for lengths that contradict each other and for a needed block outside the cache.
+    Raises ValueError for lengths that contradict each other and for a needed block outside the cache; on a CUDA device
+    these are the caller's to keep right, because looking at them would wait for it.
     """
     tables = call.integers("block_tables", block_tables, "B, M", np.int32)
     lens = call.integers("seq_lens", seq_lens, "B", np.int32)
     call.sizes["B+1"] = call.size("B") + 1
     starts = call.integers("query_start_loc", query_start_loc, "B+1", np.int32)
-    _core.check_batch(call.size("N"), len(pages.data), tables, lens, starts)
+    host = (tables, lens, starts)
+    if call.triton:
+        host = tuple(call.host(part) for part in host)
+    if host[0] is not None:
+        _core.check_batch(call.size("N"), len(pages.data), *host)
     return tables, lens, starts
+
+
+def page_rows(pages: View) -> Any:
+    """A cache as the kernels take it: pages of an index cache's codes are one row each."""
+    return pages.data.flatten(1) if pages.dtype in ("uint8", "int8") else pages.data
+
+
+def _writing(backend: str) -> Arguments:
+    if backend == "reference":
+        raise ValueError("backend: expected auto, cpu or triton (a cache's format has one writer), got 'reference'")
+    return Arguments(backend)
+
+
+def _check_slots(call: Arguments, slots: Any, pages: View) -> None:
+    """Slots of a Triton call that are in the host's memory, as the CPU path checks them."""
+    host, size = call.host(slots), 64 * len(pages.data)
+    if host is not None and len(host) and not -1 <= host.min() <= host.max() < size:
+        bad = host.min() if host.min() < -1 else host.max()
+        raise ValueError(f"slot_mapping: expected slots from -1 to {size - 1}, got {bad}")
 
 
 def _read(cache: Any, slots: Any, dim: int, value_dim: int | None) -> Any:

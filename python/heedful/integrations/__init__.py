@@ -1,0 +1,1 @@
+"""heedful inside other libraries; each module needs the library it is named after, and is imported when asked for."""

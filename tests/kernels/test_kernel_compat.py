@@ -1,0 +1,79 @@
+"""FlashMLA's and DeepGEMM's functions on the kernels: what they give on the CPU, marks of empty rows included."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from heedful import ops
+from heedful.compat.deep_gemm import fp8_mqa_logits, fp8_paged_mqa_logits
+from heedful.compat.flash_mla import flash_mla_sparse_fwd, flash_mla_with_kvcache
+
+E4M3, INT = torch.float8_e4m3fn, torch.int32
+
+
+def both(function: Any, device: torch.device, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """What the kernels and the CPU give."""
+
+    def there(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(there, value))
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    ours = function(*map(there, args), backend="triton", **{name: there(value) for name, value in kwargs.items()})
+    return ours, function(*args, backend="cpu", **kwargs)
+
+
+def close(ours: Any, cpu: Any, tolerance: float = 1e-4) -> None:
+    for a, b in zip(ours, cpu, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        torch.testing.assert_close(a.cpu(), b, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("s_q", [1, 9])  # one query's keys are cut into parts
+@pytest.mark.parametrize("log_base", [2.0, math.e])
+def test_sparse_prefill(device: torch.device, s_q: int, log_base: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, kv = torch.randn(s_q, 6, 144, generator=generator), torch.randn(90, 1, 144, generator=generator)
+    indices = torch.randint(-2, 95, (s_q, 1, 200), generator=generator, dtype=INT)
+    indices[s_q // 2 :: 3] = -1 if s_q > 1 else 5
+    length = torch.randint(60, 200, (s_q,), generator=generator, dtype=INT)
+    sink = torch.randn(6, generator=generator)
+    for extra in ({}, {"attn_sink": sink, "topk_length": length}):
+        close(*both(flash_mla_sparse_fwd, device, q, kv, indices, 0.1, 128, log_base=log_base, **extra))
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_decoding(device: torch.device, fp8: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, q = torch.randn(256, 144, generator=generator), torch.randn(2, 2, 5, 144, generator=generator)
+    cache = torch.zeros(4, 64, 1, 128 + 4 + 32 if fp8 else 144, dtype=torch.uint8 if fp8 else torch.float32)
+    ops.write_latent_cache(rows, cache[:, :, 0], torch.arange(256), value_dim=128)
+    indices = torch.randint(-1, 256, (2, 2, 70), generator=generator, dtype=INT)
+    indices[1, 0] = -1
+    table, lens = torch.tensor([[2, 1], [3, 0]], dtype=INT), torch.tensor([100, 3], dtype=INT)
+    options: dict[str, Any] = {"is_fp8_kvcache": fp8}
+    sparse = {"indices": indices, "topk_length": torch.tensor([70, 9], dtype=INT)}
+    close(*both(flash_mla_with_kvcache, device, q, cache, None, None, 128, **options, **sparse), 1e-3)
+    for causal in (False, True):
+        close(*both(flash_mla_with_kvcache, device, q, cache, table, lens, 128, causal=causal, **options), 1e-3)
+
+
+def test_scores(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(*shape, generator=generator).to(E4M3) for shape in ((7, 4, 32), (90, 32)))
+    weights, scale = torch.randn(7, 4, generator=generator), torch.rand(90, generator=generator)
+    starts, ends = (torch.randint(-3, 95, (7,), generator=generator, dtype=INT) for _ in range(2))
+    for width in (0, 60):
+        ours, cpu = both(fp8_mqa_logits, device, q, (k, scale), weights, starts, ends, max_seqlen_k=width)
+        close([ours], [cpu], 1e-3)
+    cache = torch.zeros(4, 64, 1, 36, dtype=torch.uint8)
+    ops.write_index_cache(torch.randn(256, 32, generator=generator), cache[:, :, 0], torch.arange(256))
+    q, weights = torch.randn(3, 2, 4, 32, generator=generator).to(E4M3), torch.randn(6, 4, generator=generator)
+    table = torch.tensor([[2, 1], [3, 0], [0, 0]], dtype=INT)
+    for lens in (torch.tensor([100, 3, 0], dtype=INT), torch.tensor([[5, 100], [3, 3], [0, 0]], dtype=INT)):
+        ours, cpu = both(fp8_paged_mqa_logits, device, q, cache, weights, lens, table, None, 128)
+        close([ours], [cpu], 1e-3)

@@ -1,0 +1,103 @@
+"""The whole engine on the Triton kernels (in the interpreter, or on a GPU) beside the engine on the CPU operators.
+
+A tiny random model and few tokens: prefill in chunks, a ragged batch, decoding, all cache formats, recorded steps.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+from heedful import LLM, RequestOutput, SamplingParams
+from heedful.engine.tuning import shapes_of, tune
+from heedful.kernels import tuning
+from stand_in_recorder import StandInRecorder
+
+PARAMS = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, prompt_logprobs=0, logprobs=0)
+OPTIONS: dict[str, Any] = {"dtype": "float32", "kv_cache_tokens": 512, "max_num_seqs": 4, "max_batched_tokens": 32}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("glm")
+    oracle.save("glm_moe_dsa", directory, num_hidden_layers=2, indexer_types=["full", "shared"])
+    return directory
+
+
+def engine(checkpoint: Path, device: torch.device, **options: Any) -> LLM:
+    """On the kernels."""
+    return LLM(checkpoint, device=str(device), backend="triton", enforce_eager=True, **(OPTIONS | options))
+
+
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(2, 199, length).tolist() for length in (40, 5)]
+
+
+def logprobs(outputs: list[RequestOutput]) -> torch.Tensor:
+    """Of every prompt token but the first."""
+    found = []
+    for output in outputs:
+        entries = zip(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:], strict=True)
+        found += [entry[token].logprob for token, entry in entries if entry is not None]
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "attention"),
+    [("float32", "sparse"), ("bfloat16", "sparse"), ("fp8", "sparse"), ("float32", "dense")],
+)
+def test_it_says_what_the_cpu_says(device: torch.device, checkpoint: Path, kv_cache_dtype: Any, attention: Any) -> None:
+    options: dict[str, Any] = {"kv_cache_dtype": kv_cache_dtype, "attention": attention}
+    cpu = LLM(checkpoint, device="cpu", backend="cpu", **OPTIONS, **options)
+    there = engine(checkpoint, device, **options).generate(prompts(), PARAMS, progress=False)
+    here = cpu.generate(prompts(), PARAMS, progress=False)
+    if kv_cache_dtype == "float32":
+        assert [o.outputs[0].token_ids for o in there] == [o.outputs[0].token_ids for o in here]
+        torch.testing.assert_close(logprobs(there), logprobs(here), atol=1e-3, rtol=1e-3)
+    else:  # index keys are rounded otherwise (e4m3 against int8), so that near-ties are broken otherwise
+        assert (logprobs(there) - logprobs(here)).abs().median() < 0.1
+
+
+def test_recorded_steps_of_kernels_give_the_same_tokens(device: torch.device, checkpoint: Path) -> None:
+    cpu, replayed = LLM(checkpoint, device="cpu", backend="cpu", **OPTIONS), engine(checkpoint, device)
+    recorder = StandInRecorder()
+    replayed.engine.runner.record_decoding(recorder, max_num_seqs=3, max_model_len=128)
+    want = [o.outputs[0].token_ids for o in cpu.generate(prompts(), PARAMS, progress=False)]
+    assert [o.outputs[0].token_ids for o in replayed.generate(prompts(), PARAMS, progress=False)] == want
+    assert len(recorder.recordings) == 1
+
+
+def test_measured_configurations_are_kept_on_disk(
+    device: torch.device, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEEDFUL_CACHE_DIR", str(tmp_path))
+    tuning.forget()
+    runner = engine(checkpoint, device).engine.runner
+    assert list(tune(runner, [(2, 1, 64)])) == [(2, 1, 64)]
+    (table,) = (tmp_path / "kernels").glob("*.json")
+    assert [name.partition(" ")[0] for name in json.loads(table.read_text())] == ["index_top_k", "sparse_attention"]
+    tuning.forget()
+
+
+def test_shapes_to_measure_are_those_of_recorded_steps_and_of_a_prompt() -> None:
+    assert shapes_of(3, 8192, 10_000) == [
+        (1, 1, 4096), (1, 1, 10_000), (2, 1, 4096), (2, 1, 10_000), (3, 1, 4096), (3, 1, 10_000), (1, 8192, 10_000),
+    ]  # fmt: skip
+    assert shapes_of(1, 8192, 100) == [(1, 1, 100), (1, 100, 100)]
+
+
+def test_index_keys_are_e4m3_for_the_kernels_and_int8_for_the_cpu(device: torch.device, checkpoint: Path) -> None:
+    options: dict[str, Any] = {"kv_cache_dtype": "fp8"}
+    for llm, dtype in (
+        (engine(checkpoint, device, **options), torch.uint8),
+        (LLM(checkpoint, device="cpu", **OPTIONS, **options), torch.int8),
+    ):
+        assert [cache.dtype for cache in llm.caches.index if cache is not None] == [dtype]
+        assert llm.caches.latent[0].dtype == torch.uint8
