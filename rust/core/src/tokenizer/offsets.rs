@@ -26,6 +26,9 @@ pub enum Unit {
 /// Ids and their places.
 pub type Located = (Vec<u32>, Vec<[u32; 2]>);
 
+/// So many ids ahead, what tells a token's length is asked for.
+const AHEAD: usize = 32;
+
 impl Tokenizer {
     /// The ids of `text` and, for each, where it begins and ends.
     ///
@@ -81,7 +84,10 @@ impl Tokenizer {
     fn locate(&self, ids: &[u32], mut at: usize, counter: &mut Counter<'_>, offsets: &mut Vec<[u32; 2]>) {
         let vocabulary = &self.bpe().vocabulary;
         let mut offset = counter.offset(at);
-        offsets.extend(ids.iter().map(|&id| {
+        offsets.extend(ids.iter().enumerate().map(|(index, &id)| {
+            if let Some(&later) = ids.get(index + AHEAD) {
+                vocabulary.ask_bytes(later);
+            }
             let len = vocabulary.bytes(id).len();
             if len <= 16 && is_ascii(window(counter.bytes, at), len) {
                 let start = offset;

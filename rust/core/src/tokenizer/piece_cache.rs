@@ -8,7 +8,7 @@
 use std::alloc::{Layout, handle_alloc_error};
 
 use bytemuck::{Pod, Zeroable, cast_slice_mut};
-use memmap2::MmapMut;
+use memmap2::{MmapMut, MmapOptions};
 
 use crate::prefetch::fetch_value;
 use crate::tokenizer::key::{Key, SHORT, place, window};
@@ -110,13 +110,15 @@ impl<const WORDS: usize> Entry<WORDS> {
     }
 }
 
-/// The memory of the tables. The system gives a page of it, zeros, when that is first written.
+/// The memory of the tables, of which the system gives all pages at once. One by one, each would come twice: first it would be
+/// read, as the page of zeros that all share, and then written, which makes the processors of all threads wait.
 pub struct PieceCache(MmapMut);
 
 impl PieceCache {
     /// Empty tables.
     pub fn new() -> Self {
-        Self(MmapMut::map_anon(BYTES).unwrap_or_else(|_| handle_alloc_error(Layout::new::<[u8; BYTES]>())))
+        let memory = MmapOptions::new().len(BYTES).populate().map_anon();
+        Self(memory.unwrap_or_else(|_| handle_alloc_error(Layout::new::<[u8; BYTES]>())))
     }
 
     /// The tables in it.

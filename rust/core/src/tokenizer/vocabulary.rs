@@ -142,6 +142,14 @@ impl<'i> Vocabulary<'i> {
         }
     }
 
+    /// Asks for what tells where the bytes of a token are.
+    #[inline]
+    pub fn ask_bytes(&self, id: u32) {
+        if let Some(start) = self.starts.get(id as usize) {
+            fetch_value(start);
+        }
+    }
+
     /// How many spaces, in characters, are at the beginning and at the end of a token.
     pub fn spaces(&self, id: u32) -> (u32, u32) {
         let bytes = self.bytes(id);
