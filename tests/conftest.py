@@ -8,4 +8,4 @@ of its own without it (`tests/kernels/test_kernel_compiled.py`). On a machine wi
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_INTERPRET", "0" if os.environ.get("EMULATE") else "1")

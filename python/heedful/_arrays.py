@@ -197,7 +197,7 @@ class Arguments:
         if kind == "cpu":
             if self.backend != "triton":
                 return
-            if device is None or os.environ.get("TRITON_INTERPRET") != "1":
+            if device is None or not kernels_take_cpu_tensors():
                 what = "a NumPy array" if device is None else "a CPU tensor"
                 raise ValueError(
                     f"{name}: expected a CUDA tensor for backend='triton' (or a CPU tensor in Triton's interpreter, "
@@ -208,6 +208,11 @@ class Arguments:
         elif kind != "cuda":
             raise ValueError(f"{name}: expected a tensor on a CPU or a CUDA device, got one on {device}")
         self.triton = True
+
+
+def kernels_take_cpu_tensors() -> bool:
+    """Whether Triton's interpreter is on."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def integer(name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:

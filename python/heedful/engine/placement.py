@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from heedful import _arrays
 from heedful.memory import available_memory, total_memory
 
 Backend = Literal["cpu", "triton"]
@@ -106,4 +106,4 @@ def _has_triton() -> bool:
 
 
 def _is_interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1" and _has_triton()
+    return _arrays.kernels_take_cpu_tensors() and _has_triton()

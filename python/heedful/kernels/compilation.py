@@ -61,8 +61,9 @@ class Launch:
         """Launches the kernel on the device of its tensors; returns before it ends."""
         if 0 in self.grid:
             return
-        device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
-        if device.type != "cuda":
+        devices = [value.device for value in self.arguments.values() if isinstance(value, torch.Tensor)]
+        device = next((each for each in devices if each.type == "cuda"), None)  # pinned memory may stand in front
+        if device is None:
             interpreter.mend()
             self._run()
             return

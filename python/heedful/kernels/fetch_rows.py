@@ -23,7 +23,7 @@ _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8)
 
 @triton.jit(do_not_specialize=["count"])
 def _move_kernel(
-    host, device, sources, targets, count, host_row, device_row, WORDS: tl.constexpr, ROWS: tl.constexpr,
+    host, cache, sources, targets, count, host_row, cache_row, WORDS: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Some words of some rows; without `sources` row i is moved to targets[i]."""
@@ -36,7 +36,7 @@ def _move_kernel(
     word = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     mask = there[:, None] & (word < WORDS)[None, :]
     words = tl.load(host + source[:, None] * host_row + word[None, :], mask=mask)
-    tl.store(device + target[:, None] * device_row + word[None, :], words, mask=mask)
+    tl.store(cache + target[:, None] * cache_row + word[None, :], words, mask=mask)
 
 
 # -- launcher ----------------------------------------------------------------------------------------------------------
@@ -85,8 +85,8 @@ def plan(host: torch.Tensor, cache: torch.Tensor, sources: torch.Tensor | None, 
     width, dtype = next((w, d) for w, d in _WORDS if all(n % w == 0 for n in (size, *aligned)))
     parts = [x.view(dtype) for x in parts]
     words = size // width
-    arguments: dict[str, Any] = {"host": parts[0], "device": parts[1], "sources": sources, "targets": targets}
-    arguments |= {"count": len(targets), "host_row": words, "device_row": words, "WORDS": words, "ROWS": 4}
+    arguments: dict[str, Any] = {"host": parts[0], "cache": parts[1], "sources": sources, "targets": targets}
+    arguments |= {"count": len(targets), "host_row": words, "cache_row": words, "WORDS": words, "ROWS": 4}
     arguments |= {"WIDTH": min(256, max(32, triton.next_power_of_2(words)))}
     return Launch(_move_kernel, (-(-len(targets) // 4), -(-words // arguments["WIDTH"])), arguments, 4)
 
