@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' -o -name '*.toml' -o -name '*.tsv')
 DOCUMENT := examples/documents/demo.txt
 COUNT ?= 1000000
+CARD ?= 90
 
 # A stable compiler instruments for libFuzzer as well: these are cargo-fuzz's flags, less the sanitizer (which needs a nightly).
 FUZZ_SECONDS ?= 600
@@ -14,7 +15,7 @@ COVERAGE := --cfg fuzzing -Ccodegen-units=1 -Cpasses=sancov-module -Cllvm-args=-
 	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
 	-Cllvm-args=-sanitizer-coverage-trace-compares
 
-.PHONY: help demo test lint wheel bench fuzz fuzz-tokenizer soak clean
+.PHONY: help demo test lint wheel bench fuzz fuzz-tokenizer emulate soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -49,6 +50,9 @@ fuzz: ## coverage-guided fuzzing of the tokenizer in Rust, FUZZ_SECONDS a target
 
 fuzz-tokenizer: $(VENV)/.installed-dev ## COUNT drawn strings a file against the reference tokenizers
 	$(BIN)/python tests/fuzz_tokenizer.py --count $(COUNT)
+
+emulate: $(VENV)/.installed-dev ## the kernels' tests with every example, compiled for CARD (80, 90, 120), in the emulator
+	EMULATE=$(CARD) $(BIN)/python -m pytest tests/emulated tests/kernels
 
 soak: $(VENV)/.installed-dev ## COUNT random calls to the scheduler against its model
 	$(BIN)/python tests/soak_scheduler.py --operations $(COUNT)

@@ -1,0 +1,47 @@
+"""What the compiler makes of the kernels for each card, run in the emulator (tests/emulator).
+
+Triton is in its interpreter in this run, so each card is a process of its own, two at a time. All examples:
+
+    EMULATE=90 pytest tests/kernels tests/emulated
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+CARDS = {90: "4", 80: "2", 120: "2"}  # and the examples of a drawn test
+OWN = ["tests/kernels/test_kernel_compiled.py", "tests/kernels/test_kernel_tuning.py"]  # nothing in them depends on it
+
+if not all(importlib.util.find_spec(name) for name in ("torch", "triton")):
+    pytest.skip("torch and Triton are needed", allow_module_level=True)
+
+
+def run(card: int) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "EMULATE": str(card), "EMULATE_EXAMPLES": CARDS[card], "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "tests/emulated", "tests/kernels"]
+    command += [f"--ignore={path}" for path in OWN]
+    return subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=1200)
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[int, Future[subprocess.CompletedProcess[str]]]:
+    pool = ThreadPoolExecutor(max_workers=2)
+    return {card: pool.submit(run, card) for card in CARDS}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_compiled_kernels_give_what_the_references_give(
+    card: int, runs: dict[int, Future[subprocess.CompletedProcess[str]]]
+) -> None:
+    done = runs[card].result()
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout or "[100%]" in done.stdout
