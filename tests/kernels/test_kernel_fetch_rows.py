@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heedful import Scheduler, SchedulerConfig
-from heedful.kernels.fetch_rows import fetch_rows, fetch_rows_reference
+from heedful.kernels.fetch_rows import fetch_rows, fetch_rows_reference, plan, staged_rows
 
 PAGE = 64
 
@@ -45,6 +45,27 @@ def test_rows_that_are_not_aligned_are_moved(device: torch.device) -> None:
     fetch_rows(host, cache, torch.tensor([7, 0]), torch.tensor([2, 3]))
     assert torch.equal(cache[[2, 3]].cpu(), host[[7, 0]])
     assert not cache[[0, 1, 4, 5, 6, 7]].any()
+
+
+def test_rows_outside_their_tensor_are_left_alone(device: torch.device) -> None:
+    around = torch.arange(12 * 16).to(torch.uint8).view(12, 16)
+    host, cache = around[2:10], torch.zeros((12, 16), dtype=torch.uint8, device=device)
+    sources = torch.tensor([8, -1, 7, 2**33, 3, 4, 5])
+    targets = torch.tensor([0, 1, 2, 3, -1, 8, 4])
+    fetch_rows(host, cache[2:10], sources, targets)
+    assert torch.equal(cache[[4, 6]].cpu(), host[[7, 5]])
+    assert not cache[[0, 1, 2, 3, 5, 7, 8, 9, 10, 11]].any()
+
+
+def test_rows_that_cross_in_one_piece_are_the_same(device: torch.device) -> None:
+    host = torch.arange(8 * 16).to(torch.uint8).view(8, 16)
+    cache = torch.zeros((8, 16), dtype=torch.uint8, device=device)
+    sources, targets = torch.tensor([8, 7, -1, 0]), torch.tensor([1, 2, 3, 9])
+    staged, places = staged_rows(host, sources, targets, pin_memory=device.type == "cuda")
+    assert places.tolist() == [-1, 2, -1, 9]
+    plan(staged.to(device), cache, None, places.to(device)).run()
+    assert torch.equal(cache[2].cpu(), host[7])
+    assert not cache[[0, 1, 3, 4, 5, 6, 7]].any()
 
 
 def test_strided_rows_are_refused(device: torch.device) -> None:

@@ -22,7 +22,7 @@ from heedful.kernels import slots as slots_kernel
 from heedful.kernels import sparse_attention as kernels
 from heedful.kernels import split as split_kernel
 from heedful.kernels import tuning
-from heedful.kernels.attention_tiles import tile_candidates, tiles_for
+from heedful.kernels.attention_tiles import operand_type, tile_candidates, tiles_for
 from heedful.kernels.rows import Rows
 from heedful.kernels.target import Target
 from heedful.ops import reference
@@ -207,9 +207,118 @@ def test_slots_of_positions(
     batch = tuple(arguments[name] for name in ("block_tables", "seq_lens", "query_start_loc"))
     lengths = torch.from_numpy(rng.integers(-1, K + 3, N)) if shortened else None
     got = slots_kernel.slots_of(
-        indices.to(device), tuple(x.to(device) for x in batch), None if lengths is None else lengths.to(device)
+        indices.to(device), tuple(x.to(device) for x in batch), 9, None if lengths is None else lengths.to(device)
     )
-    assert torch.equal(got.cpu(), slots_kernel.slots_reference(indices, batch, lengths))
+    assert torch.equal(got.cpu(), slots_kernel.slots_reference(indices, batch, 9, lengths))
+
+
+def within(x: torch.Tensor, filler: float) -> torch.Tensor:
+    """The same numbers with others before and behind them, which a read outside the tensor would find."""
+    around = torch.full((len(x) + 128, *x.shape[1:]), filler, dtype=x.dtype, device=x.device)
+    around[64:-64] = x
+    return around[64:-64]
+
+
+def damaged(rng: np.random.Generator, device: torch.device) -> dict[str, Any]:
+    """A batch of 3 sequences over 4 blocks: entries of tables that are no blocks, the last sequence longer than its
+    table, which a sound one follows in memory. No number in it may be read that is not in the cache."""
+    cache = within(torch.from_numpy(rng.standard_normal((4, 64, 40), np.float32)).to(device), torch.nan)
+    tables = torch.tensor([[0, 4, 2**26 + 1], [-1, 3, -(2**31)], [2, 1, 2**31 - 1]], dtype=torch.int32, device=device)
+    return {
+        "q": torch.from_numpy(rng.standard_normal((6, 3, 40), np.float32)).to(device),
+        "scale": 0.2,
+        "value_dim": 32,
+        "cache": cache,
+        "block_tables": within(tables, 1),
+        "seq_lens": torch.tensor([192, 150, 999], dtype=torch.int32, device=device),
+        "query_start_loc": torch.tensor([0, 2, 4, 6], dtype=torch.int32, device=device),
+    }
+
+
+def kept(given_: dict[str, Any], indices: torch.Tensor) -> torch.Tensor:
+    """Slots of the positions that are in a table and in a block of the cache, -1 of the others."""
+    b = torch.arange(3).repeat_interleave(2)[:, None]
+    seen = (indices >= 0) & (indices < given_["seq_lens"].cpu()[b]) & (indices < 192)
+    block = given_["block_tables"].cpu()[b, indices.clamp(0, 191).long() // 64].long()
+    return (block * 64 + indices % 64).where(seen & (block >= 0) & (block < 4), -1).int()
+
+
+def test_blocks_outside_the_cache_and_positions_outside_the_table_are_skipped(device: torch.device) -> None:
+    rng = np.random.default_rng(4)
+    given_ = damaged(rng, device)
+    indices = torch.from_numpy(rng.integers(-9, 1100, (6, 160)).astype(np.int32))
+    indices[:, :80] %= 192
+    got = kernels.sparse_attention_paged(**given_, indices=indices.to(device))
+    want = {name: given_[name].cpu() for name in ("q", "cache")} | {"scale": 0.2, "value_dim": 32, "block_tables": None}
+    slots = kept(given_, indices)
+    assert (slots < 0).any()
+    assert (slots >= 0).any(1).all()
+    near(got, kernels.sparse_attention_paged_reference(**want, indices=slots), torch.float32)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_dense_attention_skips_them_too(device: torch.device, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "choose_splits", lambda *_: (splits, 192 // splits))
+    given_ = damaged(np.random.default_rng(4), device)
+    got = kernels.sparse_attention_paged(**given_, indices=None)
+    want = {name: given_[name].cpu() for name in ("q", "cache")} | {"scale": 0.2, "value_dim": 32, "block_tables": None}
+    # A sequence counts as long as its table: its two queries see all but the last position, and all.
+    ends = torch.tensor([191, 192, 149, 150, 191, 192])
+    slots = kept(given_, torch.arange(192).where(torch.arange(192) < ends[:, None], -1))
+    near(got, kernels.sparse_attention_paged_reference(**want, indices=slots), torch.float32)
+
+
+def test_lengths_and_positions_of_64_bits_do_not_wrap(device: torch.device) -> None:
+    rng = np.random.default_rng(4)
+    q, kv = (torch.from_numpy(rng.standard_normal(s, np.float32)).to(device) for s in ((2, 2, 16), (40, 16)))
+    far = torch.tensor([2**32 + 5, -(2**32) + 5], device=device)
+    indices = torch.from_numpy(rng.integers(0, 40, (2, 20)).astype(np.int32)).to(device)
+    want = kernels.sparse_attention(q, kv, indices, scale=0.2)
+    got = kernels.sparse_attention(q, kv, indices, scale=0.2, topk_length=far)
+    assert torch.equal(got[0][0], want[0][0])
+    assert not got[0][1].any()
+    assert torch.isneginf(got[1][1]).all()
+    want = kernels.sparse_attention(q, kv, None, scale=0.2, q_positions=torch.tensor([39, 39], device=device))
+    got = kernels.sparse_attention(q, kv, None, scale=0.2, q_positions=far)
+    assert torch.equal(got[0][0], want[0][0])
+    assert not got[0][1].any()
+    batch = tuple(torch.tensor(x, dtype=torch.int32, device=device) for x in ([[0], [0]], [40, 40], [0, 1, 2]))
+    assert torch.equal(slots_kernel.slots_of(indices, batch, 1, far)[0], indices[0])
+    assert (slots_kernel.slots_of(indices, batch, 1, far)[1] == -1).all()
+
+
+def test_queries_without_a_sequence_are_refused(device: torch.device) -> None:
+    given_ = damaged(np.random.default_rng(4), device)
+    given_ |= {"block_tables": given_["block_tables"][:0], "seq_lens": given_["seq_lens"][:0]}
+    for indices in (None, torch.zeros((6, 4), dtype=torch.int32, device=device)):
+        with pytest.raises(ValueError, match="seq_lens: expected at least one sequence for 6 queries, got none"):
+            kernels.sparse_attention_paged(**given_, indices=indices)
+
+
+def test_more_rows_than_32_bits_number_are_refused() -> None:
+    kv = torch.empty((2**31, 1), device="meta")
+    with pytest.raises(ValueError, match=r"kv: expected at most 2147479552 rows, which 32 bits number, got 2147483648"):
+        kernels.plan(torch.empty((1, 1, 1), device="meta"), Rows.contiguous(kv, 1, None), None, 1.0, None, None, None,
+                     None, Target.cuda(90))  # fmt: skip
+
+
+@pytest.mark.parametrize("branches", [0, 1, 2])
+@pytest.mark.parametrize("K", [96, 75])
+@pytest.mark.parametrize("R", [0, 16])
+def test_branches_between_the_products_change_nothing(device: torch.device, branches: int, K: int, R: int) -> None:
+    rng = np.random.default_rng(8)
+    shapes = (3, 40, 48 + R), (300, 48 + R)
+    q, kv = (torch.from_numpy(rng.standard_normal(s, np.float32)).to(device, torch.bfloat16) for s in shapes)
+    indices = torch.from_numpy(rng.integers(-90, 310, (3, K)).astype(np.int32)).to(device)
+    indices[2] = -1
+    target = Target.of(device)
+    rows = Rows.contiguous(kv, 48, None)
+    tiles = replace(tiles_for(40, rows, operand_type(q.dtype, kv.dtype, target), True, target), branches=branches)
+    launches = kernels.plan(q, rows, indices, 0.2, None, None, None, None, target, tiles)
+    for launch in launches:
+        launch.run()
+    want = kernels.sparse_attention_reference(q.cpu(), kv.cpu(), indices.cpu(), scale=0.2, value_dim=48)
+    near((launches[-1].arguments["out"], launches[-1].arguments["lse"]), want, torch.bfloat16)
 
 
 def test_a_row_without_keys_is_zero_with_lse_minus_infinity(device: torch.device) -> None:
@@ -310,6 +419,7 @@ def test_sizes_fit_the_card(C: int, R: int, group: int, capability: int, codes: 
     assert 16 <= tiles.BH <= 64
     assert 16 <= tiles.BK <= 64
     assert tiles.stages >= 1
+    assert tiles.branches == (2 if capability == 90 and group > 32 else 0)
 
 
 def test_rows_too_wide_for_the_card_are_refused() -> None:

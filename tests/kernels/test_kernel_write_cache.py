@@ -150,6 +150,26 @@ def test_index_keys_are_those_of_the_cpu(
     assert ((got - ops.read_index_cache(own, slots, dim=Di)).abs() <= 0.13 * got.abs() + 0.01 * size).all()
 
 
+@pytest.mark.parametrize("kind", ["int32", "int64"])
+def test_slots_outside_the_cache_are_skipped(device: torch.device, kind: str) -> None:
+    far = [2**31 - 1, -(2**31)] if kind == "int32" else [2**33 + 5, -(2**40)]
+    slots = torch.tensor([128, 127, -1, 0, -64, *far], dtype=getattr(torch, kind))
+    rows = rows_of(np.random.default_rng(1), len(slots), 144, torch.float32)
+    for width, dtype in ((144, torch.float32), (164, torch.uint8), (132, torch.uint8), (132, torch.int8)):
+        around = garbage(np.random.default_rng(2), (4, 64, width), dtype)
+        got, own = around.to(device), around.clone()
+        write, reference, D = write_index_cache, write_index_cache_reference, 128
+        options: dict[str, Any] = {}
+        if width != 132:
+            write, reference, D, options = write_latent_cache, write_latent_cache_reference, 144, {"value_dim": 128}
+        write(rows[:, :D].to(device), got[1:3], slots.to(device), **options)
+        reference(rows[[1, 3], :D], own[1:3], slots[[1, 3]], **options)
+        assert torch.equal(got.cpu().view(torch.uint8), own.view(torch.uint8))
+        again = around.clone()
+        reference(rows[:, :D], again[1:3], slots, **options)
+        assert torch.equal(again.view(torch.uint8), own.view(torch.uint8))
+
+
 def test_bad_numbers_stay_in_their_row(device: torch.device) -> None:
     rows = torch.ones((3, 128))
     rows[1, 5], rows[1, 6] = torch.nan, torch.inf

@@ -23,20 +23,21 @@ _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8)
 
 @triton.jit(do_not_specialize=["count"])
 def _move_kernel(
-    host, cache, sources, targets, count, host_row, cache_row, WORDS: tl.constexpr, ROWS: tl.constexpr,
+    host, cache, sources, targets, count, host_rows, cache_rows, WORDS: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Some words of some rows; without `sources` row i is moved to targets[i]."""
+    """Some words of some rows; without `sources` row i is moved to targets[i]. Rows outside their tensor are not."""
     place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = place < count
     source = place
     if sources is not None:
-        source = tl.load(sources + place, mask=there, other=0)
-    target = tl.load(targets + place, mask=there, other=0)
+        source = tl.load(sources + place, mask=there, other=-1)
+    target = tl.load(targets + place, mask=there, other=-1)
+    there = (source >= 0) & (source < host_rows) & (target >= 0) & (target < cache_rows)
     word = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     mask = there[:, None] & (word < WORDS)[None, :]
-    words = tl.load(host + source[:, None] * host_row + word[None, :], mask=mask)
-    tl.store(cache + target[:, None] * cache_row + word[None, :], words, mask=mask)
+    words = tl.load(host + source[:, None] * WORDS + word[None, :], mask=mask)
+    tl.store(cache + target[:, None] * WORDS + word[None, :], words, mask=mask)
 
 
 # -- launcher ----------------------------------------------------------------------------------------------------------
@@ -51,19 +52,28 @@ def fetch_rows(host: torch.Tensor, cache: torch.Tensor, sources: torch.Tensor, t
         sources: [f] int64 in the host's memory, rows of `host` counted through its blocks.
         targets: [f] int64 in the host's memory, rows of `cache` likewise, no two the same.
 
-    Rows must lie in their tensors. On a device the copy is ordered with the current stream; the rows of a pinned `host`
-    must stay as they are until it is done.
+    Rows outside their tensor are neither read nor written. On a device the copy is ordered with the current stream; a
+    pinned `host` must stay as it is, and be kept, until it is done: its allocator does not know of the kernel.
     """
-    if not sources.numel():
-        return
     host, cache = _rows(host), _rows(cache)
-    on, places = cache.device, _there(targets, cache.device)
-    if on.type == "cpu" or host.is_pinned():
-        plan(host, cache, _there(sources, on), places).run()
+    if not sources.numel() or not host.numel():
         return
-    staged = torch.empty((len(sources), host.shape[1]), dtype=host.dtype, pin_memory=True)
-    torch.index_select(host, 0, sources, out=staged)
-    plan(staged.to(on, non_blocking=True), cache, None, places).run()
+    on = cache.device
+    if on.type == "cpu" or host.is_pinned():
+        plan(host, cache, _there(sources, on), _there(targets, on)).run()
+        return
+    staged, places = staged_rows(host, sources, targets)
+    plan(staged.to(on, non_blocking=True), cache, None, _there(places, on)).run()
+
+
+def staged_rows(
+    host: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor, *, pin_memory: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """host[sources[i]] of every i, in memory of their own, and targets, -1 where a source is no row of `host`."""
+    valid = (sources >= 0) & (sources < len(host))
+    staged = torch.empty((len(sources), host.shape[1]), dtype=host.dtype, pin_memory=pin_memory)
+    torch.index_select(host, 0, sources.where(valid, 0), out=staged)
+    return staged, targets.where(valid, -1)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -86,7 +96,7 @@ def plan(host: torch.Tensor, cache: torch.Tensor, sources: torch.Tensor | None, 
     parts = [x.view(dtype) for x in parts]
     words = size // width
     arguments: dict[str, Any] = {"host": parts[0], "cache": parts[1], "sources": sources, "targets": targets}
-    arguments |= {"count": len(targets), "host_row": words, "cache_row": words, "WORDS": words, "ROWS": 4}
+    arguments |= {"count": len(targets), "host_rows": len(host), "cache_rows": len(cache), "WORDS": words, "ROWS": 4}
     arguments |= {"WIDTH": min(256, max(32, triton.next_power_of_2(words)))}
     return Launch(_move_kernel, (-(-len(targets) // 4), -(-words // arguments["WIDTH"])), arguments, 4)
 

@@ -1,7 +1,7 @@
 """Rows to codes of eight bits on the GPU: e4m3fn with a scale for each group, int8 with a scale for each row.
 
 Every step is an exact or correctly rounded operation on float32, so codes and scales are those of the CPU, bit by bit,
-on any chip. e4m3fn: Micikevicius et al. 2022.
+on any chip; but the sign of a NaN, which chips do not keep. e4m3fn: Micikevicius et al. 2022.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def fp8_codes(x):
     return float32_to_e4m3(tl.div_rn(x, tl.zeros_like(x) + scale[:, None])), scale
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["count"])
 def _quantize_fp8_kernel(
-    x, codes, scales, N, groups, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr
+    x, codes, scales, count, groups, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr
 ):
-    """Some groups, numbered through the rows."""
+    """Some of `count` groups, numbered through the rows, `groups` of each."""
     place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row, first = place // groups, place % groups * WIDTH
-    column, there = tl.arange(0, PADDED), place < N * groups
+    column, there = tl.arange(0, PADDED), place < count
     at = row[:, None] * DIM + first[:, None] + column[None, :]
     mask = there[:, None] & (column < WIDTH)[None, :] & (first[:, None] + column[None, :] < DIM)
     code, scale = fp8_codes(tl.load(x + at, mask=mask, other=0.0).to(tl.float32))
@@ -128,7 +128,7 @@ def plan_fp8(x: torch.Tensor, group_size: int) -> Launch:
     arguments: dict[str, Any] = {
         "x": x,
         "codes": torch.empty(x.shape, dtype=torch.uint8, device=x.device),
-        "N": N,
+        "count": N * groups,
         "groups": groups,
     }
     arguments |= {"scales": torch.empty((*lead, groups), dtype=torch.float32, device=x.device), "DIM": D}

@@ -42,18 +42,14 @@ def read_float32(base, offset, mask):
 
 
 @triton.jit
-def read_part(
-    base, row, stride, there, WIDTH: tl.constexpr, PADDED: tl.constexpr, BYTES: tl.constexpr, ALIGNED: tl.constexpr
-):
+def read_part(base, row, stride, there, WIDTH: tl.constexpr, PADDED: tl.constexpr, BYTES: tl.constexpr):
     """The first WIDTH numbers of rows [BK], as [BK, PADDED]: zeros beyond the width and where `there` is false.
 
-    With BYTES they are bfloat16 in a tensor of bytes, whose stride is in bytes. ALIGNED divides the stride, if it is
-    not 0: Triton itself looks no further than 16, and reads number by number what is a multiple of 8.
+    With BYTES they are bfloat16 in a tensor of bytes, whose stride is in bytes. A stride that is known to the compiler
+    saves it three of four instructions of an address, and lets it read 16 bytes at once where that is a multiple of 8.
     """
     columns = tl.arange(0, PADDED)
     at = row * stride
-    if ALIGNED:
-        at = tl.multiple_of(at, ALIGNED)
     mask = there[:, None]
     if WIDTH != PADDED:
         mask = mask & (columns < WIDTH)[None, :]
@@ -122,12 +118,6 @@ class Rows:
     apart: bool
     bytes: bool
     S: int
-
-    @property
-    def aligned(self) -> int:
-        """The largest power of two, to 16, that divides the stride of coded rows' second part; 0 of other rows."""
-        stride = self.arguments["kr_row"]
-        return min(16, stride & -stride)
 
     @staticmethod
     def contiguous(kv: torch.Tensor, value_dim: int, v: torch.Tensor | None) -> Rows:

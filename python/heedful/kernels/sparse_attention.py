@@ -26,12 +26,13 @@ from heedful.kernels.rows import (
     times_scales,
     unit_stride,
 )
-from heedful.kernels.slots import Batch, sequence_of_query, slots_of
+from heedful.kernels.slots import Batch, check_sequences, sequence_of_query, slots_of
 from heedful.kernels.split import choose_splits, plan_merge
 from heedful.kernels.target import Target
 
 LOG2E = 1.4426950408889634
-LN2 = 0.6931471805599453
+MOST_ROWS = 2**31 - 4096
+"""Rows that a call reads from: the end of the last tile must not overflow."""
 
 # -- kernel ------------------------------------------------------------------------------------------------------------
 
@@ -47,16 +48,32 @@ def last_valid(indices, low, high, S, WIDTH: tl.constexpr):
     return end
 
 
+@triton.jit
+def weigh(logits, there, m, total):
+    """A tile of the online softmax, of logits [BH, BK] in base 2 whose columns count where `there` [BK] says so.
+
+    The new maximum [BH] and sum [BH], the factor of the sums so far [BH], and weights [BH, BK].
+    """
+    logits = tl.where(there[None, :], logits, float("-inf"))
+    top = tl.maximum(m, tl.max(logits, axis=1))
+    base = tl.where(top == float("-inf"), 0.0, top)  # until a key is seen: no -inf - -inf
+    kept = tl.exp2(m - base)
+    p = tl.exp2(logits - base[:, None])
+    return top, total * kept + tl.sum(p, axis=1), kept, p
+
+
 @triton.jit(do_not_specialize=["T", "num_seqs"])
 def _attention_kernel(
     q, kc, kr, ks, v, indices, topk_length, sink, positions, tables, seq_lens, query_start_loc, out, lse, largest,
-    q_row, q_head, kc_row, kc_head, kr_row, ks_row, v_row, v_head, indices_row, table_row, T, S, K, num_seqs,
-    chunk, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, DV: tl.constexpr,
+    q_row, q_head, kc_head, v_head, indices_row, table_row, T, S, K, num_seqs, chunk, scale,
+    kc_row: tl.constexpr, kr_row: tl.constexpr, ks_row: tl.constexpr, v_row: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, DV: tl.constexpr,
     CP: tl.constexpr, RP: tl.constexpr, VP: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr,
-    PAGED: tl.constexpr, SPLIT: tl.constexpr, BYTES: tl.constexpr, ALIGNED: tl.constexpr,
-    STAGES: tl.constexpr,
+    PAGED: tl.constexpr, SPLIT: tl.constexpr, BYTES: tl.constexpr, WHOLE: tl.constexpr,
+    STAGES: tl.constexpr, BRANCHES: tl.constexpr,
 ):  # fmt: skip
     """Attention of some heads of one query over a chunk of its keys; S rows, K indices, logits in base 2."""
+    # BRANCHES: see `Tiles`. Their conditions hold wherever they are asked, and no jump is left of them.
     BLOCKS: tl.constexpr = (GROUP + BH - 1) // BH
     KEY_HEADS: tl.constexpr = HEADS // GROUP
     place = tl.program_id(0)
@@ -65,7 +82,8 @@ def _attention_kernel(
     if PAGED:
         b = sequence_of_query(t, query_start_loc, num_seqs, 256)
         tables += b.to(tl.int64) * table_row
-        S = tl.minimum(S, tl.load(seq_lens + b))
+        blocks = S // 64
+        S = tl.minimum(K, tl.load(seq_lens + b))  # K: what the table has room for
     low = tl.program_id(1) * chunk
     if indices is None:
         if PAGED:
@@ -73,13 +91,13 @@ def _attention_kernel(
         elif positions is None:
             end = S - T + t + 1
         else:
-            end = tl.minimum(tl.load(positions + t), S - 1).to(tl.int32) + 1
+            end = tl.maximum(tl.minimum(tl.load(positions + t), S - 1), -1).to(tl.int32) + 1
         high = tl.minimum(tl.minimum(end, S), low + chunk)
     else:
         indices += t.to(tl.int64) * indices_row
         high = tl.minimum(K, low + chunk)
         if topk_length is not None:
-            high = tl.minimum(high, tl.load(topk_length + t)).to(tl.int32)
+            high = tl.maximum(tl.minimum(high, tl.load(topk_length + t)), 0).to(tl.int32)
         high = last_valid(indices, low, high, S, 1024)
 
     within = block * BH + tl.arange(0, BH)
@@ -91,47 +109,57 @@ def _attention_kernel(
     if low < high:
         q += t.to(tl.int64) * q_row
         kc += group.to(tl.int64) * kc_head
-        qc = read_part(q, head.to(tl.int64), q_head, mine, C, CP, False, 0).to(DOT)
+        qc = read_part(q, head.to(tl.int64), q_head, mine, C, CP, False).to(DOT)
         if R > 0:
-            qr = read_part(q + C, head.to(tl.int64), q_head, mine, R, RP, False, 0).to(DOT)
+            qr = read_part(q + C, head.to(tl.int64), q_head, mine, R, RP, False).to(DOT)
         rows = (tl.zeros([BK], tl.int32) + S).to(tl.uint32, bitcast=True)
         for first in tl.range(low, high, BK, num_stages=STAGES):
-            at = first + tl.arange(0, BK)
+            at, start = first + tl.arange(0, BK), 0
             if indices is not None:
-                index = tl.load(indices + at, mask=at < high, other=-1)
+                if WHOLE:
+                    index = tl.load(indices + at)
+                else:
+                    index = tl.load(indices + at, mask=at < high, other=-1)
                 slot = index.to(tl.int64)
             else:
                 index = tl.where(at < high, at, -1)
                 slot = index.to(tl.int64)
                 if PAGED:  # BK divides the page
-                    page = tl.load(tables + first // 64).to(tl.int64)
-                    slot = page * 64 + (at % 64)
+                    page = tl.load(tables + first // 64)
+                    index = tl.where((page >= 0) & (page < blocks), index, -1)
+                    start, slot = page.to(tl.int64) * 64, (at % 64).to(tl.int64)
             there = index.to(tl.uint32, bitcast=True) < rows  # neither negative nor too large
-            keys = read_part(kc, slot, kc_row, there, C, CP, False, 0)
+            keys = read_part(kc + start * kc_row, slot, kc_row, there, C, CP, False)
             if ks is not None:
-                keys = times_scales(keys, ks, slot, ks_row, there, C, CP, BK, BYTES)
+                keys = times_scales(keys, ks + start * ks_row, slot, ks_row, there, C, CP, BK, BYTES)
             keys = keys.to(DOT)
             if R > 0:
                 if ks is None:
-                    rest = read_part(kc + C, slot, kc_row, there, R, RP, False, 0).to(DOT)
+                    rest = read_part(kc + start * kc_row + C, slot, kc_row, there, R, RP, False).to(DOT)
                 else:
-                    rest = read_part(kr, slot, kr_row, there, R, RP, BYTES, ALIGNED).to(DOT)
+                    rest = read_part(kr + start * kr_row, slot, kr_row, there, R, RP, BYTES).to(DOT)
                 logits = tl.dot(qr, tl.trans(rest), input_precision="ieee")
-                logits = tl.dot(qc, tl.trans(keys), logits, input_precision="ieee")
+                if BRANCHES > 0:
+                    logits = tl.dot(qc, tl.trans(keys), input_precision="ieee") * scale + logits * scale
+                else:
+                    logits = tl.dot(qc, tl.trans(keys), logits, input_precision="ieee") * scale
             else:
-                logits = tl.dot(qc, tl.trans(keys), input_precision="ieee")
-            logits = tl.where(there[None, :], logits * scale, float("-inf"))
-            top = tl.maximum(m, tl.max(logits, axis=1))
-            base = tl.where(top == float("-inf"), 0.0, top)  # until a key is seen: no -inf - -inf
-            kept = tl.exp2(m - base)
-            p = tl.exp2(logits - base[:, None])
-            total = total * kept + tl.sum(p, axis=1)
+                logits = tl.dot(qc, tl.trans(keys), input_precision="ieee") * scale
+            if BRANCHES > 0:
+                kept, p = m, logits
+                if first < high:
+                    m, total, kept, p = weigh(logits, there, m, total)
+            else:
+                m, total, kept, p = weigh(logits, there, m, total)
             if v is None:
                 values = keys
             else:
-                values = read_part(v + group.to(tl.int64) * v_head, slot, v_row, there, DV, VP, False, 0).to(DOT)
-            acc = tl.dot(p.to(DOT), values, acc * kept[:, None], input_precision="ieee")
-            m = top
+                values = read_part(v + group.to(tl.int64) * v_head, slot, v_row, there, DV, VP, False).to(DOT)
+            if BRANCHES > 1:
+                if high > first:
+                    acc = tl.dot(p.to(DOT), values, acc * kept[:, None], input_precision="ieee")
+            else:
+                acc = tl.dot(p.to(DOT), values, acc * kept[:, None], input_precision="ieee")
 
     log = m + tl.log2(total)
     row = (t.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * HEADS + head
@@ -230,7 +258,9 @@ def sparse_attention_paged(
         assert query_start_loc is not None
         batch = (block_tables, seq_lens.contiguous(), query_start_loc.contiguous())
         if indices is not None:
-            indices, topk_length, batch = slots_of(indices, batch, topk_length), None, None
+            indices, topk_length, batch = slots_of(indices, batch, len(cache), topk_length), None, None
+        else:
+            check_sequences(len(q), batch[1])
     return _attend(q, rows, indices, scale, sink, topk_length, None, batch)
 
 
@@ -293,7 +323,13 @@ def plan(
     tiles: Tiles | None = None,
     largest: bool = False,
 ) -> list[Launch]:
-    """The launches, of which the last writes out [T, H, Dv] and lse [T, H]: one, or with keys in parts two."""
+    """The launches, of which the last writes out [T, H, Dv] and lse [T, H]: one, or with keys in parts two.
+
+    Raises:
+        ValueError: more than `MOST_ROWS` rows, or rows too wide for the target.
+    """
+    if rows.S > MOST_ROWS:
+        raise ValueError(f"kv: expected at most {MOST_ROWS} rows, which 32 bits number, got {rows.S}")
     q = unit_stride(q)
     T, H, _ = q.shape
     group = H // rows.heads
@@ -334,8 +370,10 @@ def plan(
         "PAGED": tables is not None,
         "SPLIT": splits > 1,
         "BYTES": rows.bytes,
-        "ALIGNED": rows.aligned,
         "STAGES": tiles.stages,
+        "BRANCHES": tiles.branches,
+        # Of coded rows it would cost more registers than there are.
+        "WHOLE": arguments["ks"] is None and topk_length is None and length % tiles.BK == 0,
     }
     launch = Launch(_attention_kernel, (programs, splits), arguments, tiles.num_warps, tiles.stages)
     return [launch] if splits == 1 else [launch, plan_merge(out, lse, sink, q.dtype)]

@@ -1,8 +1,8 @@
 """Rows to their slots of the paged caches, converted on the way: latent rows and index keys.
 
 Rotary embedding, Hadamard rotation and quantisation happen in registers, so a row is read and written once; each is
-rounded to the row's dtype, as if it had been written between. Layouts: `heedful.ops.pages`. Slots below 0 are skipped;
-others must lie in the cache.
+rounded to the row's dtype, as if it had been written between. Layouts: `heedful.ops.pages`. Slots outside the cache are
+skipped.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ def write_bfloat16(base, offset, x, mask):
 
 @triton.jit(do_not_specialize=["N"])
 def _write_latent_kernel(
-    latent, k_pe, slots, values, scales, rest, cos, sin, N, latent_row, k_pe_row, angle_row, values_row, scales_row,
-    rest_row, C: tl.constexpr, R: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr, WIDE: tl.constexpr,
+    latent, k_pe, slots, values, scales, rest, cos, sin, N, num_slots, latent_row, k_pe_row, angle_row, values_row,
+    scales_row, rest_row, C: tl.constexpr, R: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr, CODED: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """Some rows: C numbers, or codes in groups of WIDE with scales, and R more that may be turned."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(slots + row, mask=row < N, other=-1).to(tl.int64)
-    there = slot >= 0
+    there = (slot >= 0) & (slot < num_slots)
     column = tl.arange(0, CP)
     mask = there[:, None] & (column < C)[None, :]
     numbers = tl.load(latent + row[:, None] * latent_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -107,14 +107,14 @@ def _write_latent_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def _write_index_kernel(
-    keys, slots, values, scales, cos, sin, N, factor, keys_row, angle_row, page_stride, values_row, scales_page,
-    DIM: tl.constexpr, R: tl.constexpr, PADDED: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr,
+    keys, slots, values, scales, cos, sin, N, num_slots, factor, keys_row, angle_row, page_stride, values_row,
+    scales_page, DIM: tl.constexpr, R: tl.constexpr, PADDED: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr,
     HADAMARD: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Some keys: numbers, or int8 or e4m3 codes (bytes) with a scale each."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(slots + row, mask=row < N, other=-1).to(tl.int64)
-    there = slot >= 0
+    there = (slot >= 0) & (slot < num_slots)
     page, place = slot // 64, slot % 64
     numbers = read_rotated(keys, row, keys_row, cos, sin, angle_row, there, R, INTERLEAVED, DIM, PADDED)
     if HADAMARD:
@@ -152,7 +152,8 @@ def write_latent_cache(
         latent: [N, C + R] float32, bfloat16 or float16; [N, C] if `k_pe` is given.
         cache: [num_blocks, 64, C + R] float32, bfloat16 or float16, or uint8 rows of C e4m3 codes, a float32 scale for
             each 128 of them and R bfloat16 numbers. Contiguous.
-        slot_mapping: [N] integers, block * 64 + offset; negative ones are skipped. A slot may be named once.
+        slot_mapping: [N] integers, block * 64 + offset; those outside the cache are skipped. A slot may be named once:
+            of rows that name the same one, parts of each may be kept.
         value_dim: C.
         k_pe: [N, R], the last R numbers apart.
         rope: cos and sin [N, R / 2] float32, by which the last R numbers are turned before they are written.
@@ -215,6 +216,7 @@ def plan_latent(
         "slots": slot_mapping.contiguous(),
         "values": rows[:, :C],
         "N": N,
+        "num_slots": rows.shape[0],
     }
     arguments |= {"scales": scales, "scales_row": 0 if scales is None else scales.stride(0), "rest": rest}
     arguments |= {"latent_row": latent.stride(0), "k_pe_row": k_pe.stride(0), "values_row": rows.stride(0)}
@@ -245,6 +247,7 @@ def plan_index(
         "values": values,
         "scales": scales,
         "N": N,
+        "num_slots": len(values) * PAGE,
     }
     arguments |= {"factor": factor_of(DIM), "keys_row": keys.stride(0), "page_stride": values.stride(0)}
     arguments |= {"values_row": values.stride(1), "scales_page": 0 if scales is None else scales.stride(0)}
@@ -281,10 +284,10 @@ def write_latent_cache_reference(
     """`write_latent_cache` by torch's operators."""
     C = value_dim
     k_pe = latent[:, C:] if k_pe is None else k_pe
-    written = slot_mapping >= 0
+    rows = cache.view(-1, cache.shape[-1])
+    written = (slot_mapping >= 0) & (slot_mapping < len(rows))
     slots, values = slot_mapping[written].long(), latent[written, :C]
     rest = rotated_reference(k_pe, rope, interleaved)[written]
-    rows = cache.view(-1, cache.shape[-1])
     if cache.dtype != torch.uint8:
         rows[slots] = torch.cat([values.float().to(cache.dtype), rest.float().to(cache.dtype)], 1)
         return
@@ -305,7 +308,7 @@ def write_index_cache_reference(
     """`write_index_cache` by torch's operators; the Hadamard rotation in float64."""
     keys = rotated_reference(keys, rope, interleaved)
     keys = hadamard_reference(keys).to(keys.dtype) if hadamard else keys
-    written = slot_mapping >= 0
+    written = (slot_mapping >= 0) & (slot_mapping < len(cache) * PAGE)
     slots, keys = slot_mapping[written].long(), keys[written]
     values, scales = index_pages(cache, keys.shape[1])
     if scales is None:

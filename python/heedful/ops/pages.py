@@ -38,7 +38,7 @@ def write_latent_cache(latent: A, cache: A, slot_mapping: Any, *, value_dim: int
 
     Raises:
         ValueError: an argument of another shape, dtype or value, a slot outside the cache; then
-            nothing is written. Slots on a CUDA device are the caller's to keep inside it.
+            nothing is written. On a CUDA device, where slots are not looked at, those outside it are skipped.
     """
     call = _writing(backend)
     rows = call.take("latent", latent, FLOATS, "N, Dk")
