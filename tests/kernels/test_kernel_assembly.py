@@ -94,6 +94,12 @@ def test_each_warp_group_computes_half_of_the_logits(name: str) -> None:
     assert text.count("wgmma.mma_async") == 40
 
 
+def test_no_warp_of_an_a100_computes_what_another_does() -> None:
+    text = assemblies("sparse_attention", 80, ATTENTION[0])[ATTENTION[0]]
+    # 8 warps share 64 heads x 32 keys x 576 numbers and 64 heads x 32 keys x 512 columns, 16 x 8 x 16 at a time.
+    assert text.count("mma.sync.aligned.m16n8k16") == 64 * 32 * (576 + 512) // (16 * 8 * 16) // 8
+
+
 @pytest.mark.parametrize("name", ATTENTION)
 def test_the_next_tile_is_asked_for_before_the_softmax(name: str) -> None:
     text = assemblies("sparse_attention", 90, *ATTENTION)[name]

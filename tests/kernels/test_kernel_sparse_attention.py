@@ -302,10 +302,12 @@ def test_more_rows_than_32_bits_number_are_refused() -> None:
                      None, Target.cuda(90))  # fmt: skip
 
 
-@pytest.mark.parametrize("branches", [0, 1, 2])
+@pytest.mark.parametrize(("branches", "turned"), [(0, False), (1, False), (2, False), (0, True), (2, True)])
 @pytest.mark.parametrize("K", [96, 75])
 @pytest.mark.parametrize("R", [0, 16])
-def test_branches_between_the_products_change_nothing(device: torch.device, branches: int, K: int, R: int) -> None:
+def test_how_products_are_shared_out_changes_nothing(
+    device: torch.device, branches: int, turned: bool, K: int, R: int
+) -> None:
     rng = np.random.default_rng(8)
     shapes = (3, 40, 48 + R), (300, 48 + R)
     q, kv = (torch.from_numpy(rng.standard_normal(s, np.float32)).to(device, torch.bfloat16) for s in shapes)
@@ -313,7 +315,8 @@ def test_branches_between_the_products_change_nothing(device: torch.device, bran
     indices[2] = -1
     target = Target.of(device)
     rows = Rows.contiguous(kv, 48, None)
-    tiles = replace(tiles_for(40, rows, operand_type(q.dtype, kv.dtype, target), True, target), branches=branches)
+    tiles = tiles_for(40, rows, operand_type(q.dtype, kv.dtype, target), True, target)
+    tiles = replace(tiles, branches=branches, turned=turned)
     launches = kernels.plan(q, rows, indices, 0.2, None, None, None, None, target, tiles)
     for launch in launches:
         launch.run()
@@ -420,6 +423,7 @@ def test_sizes_fit_the_card(C: int, R: int, group: int, capability: int, codes: 
     assert 16 <= tiles.BK <= 64
     assert tiles.stages >= 1
     assert tiles.branches == (2 if capability == 90 and group > 32 else 0)
+    assert not tiles.turned or (capability == 80 and tiles.BH == 64 and not codes)
 
 
 def test_rows_too_wide_for_the_card_are_refused() -> None:

@@ -23,6 +23,9 @@ class Tiles:
             with the values. The compiler gives the rows of a product to all warps if it sees that another product
             depends on it, which makes the two warp groups of Hopper compute the same logits; behind the first branch it
             does not see it, and each computes half. With the second the next tile is asked for before the softmax.
+        turned: whether keys are the rows of the first product and heads its columns. Before Hopper the compiler deals
+            the columns of a product out to warps if it has more of them than rows; 64 heads give 8 columns to each of 8
+            warps, where 32 keys leave half of the warps to compute again what the others do.
     """
 
     BH: int
@@ -30,6 +33,7 @@ class Tiles:
     num_warps: int
     stages: int
     branches: int = 0
+    turned: bool = False
 
 
 def operand_type(q: torch.dtype, rows: torch.dtype, target: Target) -> torch.dtype:
@@ -97,7 +101,8 @@ def tiles_for(group: int, rows: Rows, dot: torch.dtype, gathered: bool, target: 
         stages = (stages + 1) // 2
     if target.backend == "hip":
         stages = min(stages, 2)
-    return Tiles(BH, BK, 8 if VP >= 256 else 4, stages, branches)
+    turned = BH == 64 and not (coded or narrow) and target.backend == "cuda" and target.capability < 90
+    return Tiles(BH, BK, 8 if VP >= 256 else 4, stages, branches, turned)
 
 
 def tile_candidates(group: int, rows: Rows, dot: torch.dtype, gathered: bool, target: Target) -> list[Tiles]:
@@ -111,4 +116,5 @@ def tile_candidates(group: int, rows: Rows, dot: torch.dtype, gathered: bool, ta
     found += [replace(step, BH=32, num_warps=8), replace(default, num_warps=4)]
     found += [replace(default, BK=min(64, 2 * default.BK))]
     found += [replace(default, branches=branches) for branches in range(default.branches)]
+    found += [replace(default, turned=False)]
     return list(dict.fromkeys(found))

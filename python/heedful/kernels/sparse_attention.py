@@ -70,10 +70,10 @@ def _attention_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, DV: tl.constexpr,
     CP: tl.constexpr, RP: tl.constexpr, VP: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr,
     PAGED: tl.constexpr, SPLIT: tl.constexpr, BYTES: tl.constexpr, WHOLE: tl.constexpr,
-    STAGES: tl.constexpr, BRANCHES: tl.constexpr,
+    STAGES: tl.constexpr, BRANCHES: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """Attention of some heads of one query over a chunk of its keys; S rows, K indices, logits in base 2."""
-    # BRANCHES: see `Tiles`. Their conditions hold wherever they are asked, and no jump is left of them.
+    # BRANCHES and TURNED: see `Tiles`. The conditions of the former always hold, and no jump is left of them.
     BLOCKS: tl.constexpr = (GROUP + BH - 1) // BH
     KEY_HEADS: tl.constexpr = HEADS // GROUP
     place = tl.program_id(0)
@@ -138,6 +138,12 @@ def _attention_kernel(
                     rest = read_part(kc + start * kc_row + C, slot, kc_row, there, R, RP, False).to(DOT)
                 else:
                     rest = read_part(kr + start * kr_row, slot, kr_row, there, R, RP, BYTES).to(DOT)
+            if TURNED:
+                logits = tl.dot(keys, tl.trans(qc), input_precision="ieee")
+                if R > 0:
+                    logits = tl.dot(rest, tl.trans(qr), logits, input_precision="ieee")
+                logits = tl.trans(logits) * scale
+            elif R > 0:
                 logits = tl.dot(qr, tl.trans(rest), input_precision="ieee")
                 if BRANCHES > 0:
                     logits = tl.dot(qc, tl.trans(keys), input_precision="ieee") * scale + logits * scale
@@ -372,6 +378,7 @@ def plan(
         "BYTES": rows.bytes,
         "STAGES": tiles.stages,
         "BRANCHES": tiles.branches,
+        "TURNED": tiles.turned,
         # Of coded rows it would cost more registers than there are.
         "WHOLE": arguments["ks"] is None and topk_length is None and length % tiles.BK == 0,
     }
