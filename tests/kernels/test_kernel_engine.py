@@ -26,7 +26,9 @@ OPTIONS: dict[str, Any] = {"dtype": "float32", "kv_cache_tokens": 512, "max_num_
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("glm")
-    oracle.save("glm_moe_dsa", directory, num_hidden_layers=2, indexer_types=["full", "shared"])
+    oracle.save(
+        "glm_moe_dsa", directory, num_hidden_layers=2, indexer_types=["full", "shared"], max_position_embeddings=1024
+    )
     return directory
 
 
@@ -72,6 +74,30 @@ def test_recorded_steps_of_kernels_give_the_same_tokens(device: torch.device, ch
     want = [o.outputs[0].token_ids for o in cpu.generate(prompts(), PARAMS, progress=False)]
     assert [o.outputs[0].token_ids for o in replayed.generate(prompts(), PARAMS, progress=False)] == want
     assert len(recorder.recordings) == 1
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["float32", "fp8"])
+def test_latent_rows_on_the_host_give_the_same_tokens(
+    device: torch.device, checkpoint: Path, kv_cache_dtype: Any
+) -> None:
+    options: dict[str, Any] = {"kv_cache_dtype": kv_cache_dtype, "max_num_seqs": 1, "max_batched_tokens": 64}
+    options |= {"kv_cache_tokens": 1024}
+    prompt = np.random.default_rng(1).integers(2, 199, 655).tolist()
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    found = []
+    for tier in ({}, {"device_latent_tokens": 512, "hot_rows": 64}):
+        llm = engine(checkpoint, device, **options, **tier)
+        runner = llm.engine.runner
+        kernels, runner.backend = runner.backend, "cpu" if device.type == "cpu" else "triton"
+        llm.generate([prompt[:640]], SamplingParams(max_tokens=1), progress=False)  # rows to reuse, made quickly
+        runner.backend = kernels
+        found.append([o.outputs[0].token_ids for o in llm.generate([prompt], params, progress=False)])
+        stats = llm.engine.scheduler.stats()
+        assert (stats["stored_blocks"] > 0, stats["fetched_rows"] > 64, stats["cached_tokens"]) == (
+            *2 * [bool(tier)],
+            640,
+        )
+    assert found[0] == found[1]
 
 
 def test_measured_configurations_are_kept_on_disk(

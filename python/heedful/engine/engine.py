@@ -135,9 +135,11 @@ class LLMEngine:
                 raise RuntimeError(f"scheduler: nothing can run although requests wait: {self.scheduler.stats()}")
             return []
         for scheduler_id in step.preempted:
-            self._completions[scheduler_id][0].metrics.preemptions += 1
+            metrics = self._completions[scheduler_id][0].metrics
+            metrics.preemptions += 1
+            metrics.swaps += scheduler_id in step.swapped
         try:
-            hidden = self.runner.run(step)
+            hidden = self.runner.run(step, self.scheduler.plan_fetch)
             self._report_prompt_logprobs(step, hidden)
             sampled, logprobs = self._sample(step, hidden)
         except BaseException:

@@ -9,6 +9,7 @@ import torch
 
 from heedful import ops
 from heedful.engine.caches import KVCaches
+from heedful.engine.fetches import StepRows
 from heedful.engine.placement import Backend
 from heedful.nn import MLA, IndexProjection, LatentProjection
 
@@ -40,22 +41,33 @@ class PagedAttention:
         mode: "sparse" reads the selected keys, "dense" all of them (the baseline, on the same caches and code path).
         index_topk: K, keys a query reads in sparse mode.
         backend: what computes it.
+        rows: where latent rows are, with a host tier; None where `layout` tells that too.
     """
 
     def __init__(
-        self, caches: KVCaches, layout: StepLayout, *, mode: AttentionMode, index_topk: int, backend: Backend
+        self,
+        caches: KVCaches,
+        layout: StepLayout,
+        *,
+        mode: AttentionMode,
+        index_topk: int,
+        backend: Backend,
+        rows: StepRows | None = None,
     ) -> None:
         self.caches = caches
         self.layout = layout
         self.mode = mode
         self.index_topk = index_topk
         self.backend = backend
+        self.rows = rows
+        self.latent_slots = layout.slot_mapping if rows is None else rows.slot_mapping
         self.pages: dict[str, Any] = {
             "block_tables": layout.block_tables,
             "seq_lens": layout.seq_lens,
             "query_start_loc": layout.query_start_loc,
             "backend": backend,
         }
+        self.latent_pages = self.pages if rows is None else {**self.pages, "block_tables": rows.tables}
 
     def __call__(
         self,
@@ -68,16 +80,25 @@ class PagedAttention:
         cache = self.caches.latent[layer]
         rows = torch.cat((projection.latent, projection.k_pe), dim=-1)
         value_dim = mla.kv_lora_rank
-        ops.write_latent_cache(rows, cache, self.layout.slot_mapping, value_dim=value_dim, backend=self.backend)
+        ops.write_latent_cache(rows, cache, self.latent_slots, value_dim=value_dim, backend=self.backend)
         query = mla.absorb_query(projection)
-        attend: dict[str, Any] = {"scale": mla.scale, "value_dim": value_dim, "cache": cache, **self.pages}
+        attend: dict[str, Any] = {"scale": mla.scale, "value_dim": value_dim, "cache": cache}
         if self.mode == "dense":
-            attended, _ = ops.dense_attention_paged(query, **attend)
+            attended, _ = ops.dense_attention_paged(query, **attend, **self.latent_pages)
             return mla.expand_value(attended), None
         selection = shared if index is None else self._select(layer, index)
         if selection is None:
             raise ValueError(f"layer {layer} has no indexer and no earlier layer's selection to share")
-        attended, _ = ops.sparse_attention_paged(query, selection, **attend)
+        if self.rows is None or self.rows.on_device:
+            attended, _ = ops.sparse_attention_paged(query, selection, **attend, **self.latent_pages)
+        else:
+            if index is not None:
+                self.rows.plan(layer, selection)
+            parts = [
+                ops.sparse_attention_paged(query[queries], chosen, **attend, backend=self.backend)[0]
+                for queries, chosen in self.rows.fetched(layer)
+            ]
+            attended = torch.cat(parts)
         return mla.expand_value(attended), selection
 
     def _select(self, layer: int, index: IndexProjection) -> torch.Tensor:

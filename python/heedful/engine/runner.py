@@ -8,7 +8,9 @@ import torch
 from heedful import Step
 from heedful.engine.cache_layout import BLOCK_SIZE
 from heedful.engine.caches import KVCaches
+from heedful.engine.fetches import PlanFetch, StepRows
 from heedful.engine.graphs import NO_SLOT, DecodeGraphs, Recorder
+from heedful.engine.host_tier import HostTier
 from heedful.engine.paged_attention import AttentionMode, PagedAttention, StepLayout
 from heedful.engine.placement import Backend, to_device
 from heedful.models import DSAForCausalLM
@@ -22,15 +24,22 @@ class ModelRunner:
         caches: paged caches of all layers.
         attention: "sparse" or "dense".
         backend: what computes attention.
+        tier: the host's part of the caches; None where they are on the device whole.
     """
 
     def __init__(
-        self, model: DSAForCausalLM, caches: KVCaches, attention: AttentionMode, backend: Backend = "cpu"
+        self,
+        model: DSAForCausalLM,
+        caches: KVCaches,
+        attention: AttentionMode,
+        backend: Backend = "cpu",
+        tier: HostTier | None = None,
     ) -> None:
         self.model = model
         self.caches = caches
         self.attention = attention
         self.backend = backend
+        self.tier = tier
         self.device = model.lm_head.weight.device
         self.graphs: DecodeGraphs | None = None
 
@@ -57,15 +66,25 @@ class ModelRunner:
                 max_seq_len=N,
             )
             self._compute(torch.zeros_like(places), places, layout)
+        if self.tier is not None:
+            self.tier.warm_up()
 
     @torch.inference_mode()
-    def run(self, step: Step) -> torch.Tensor:
-        """Makes the step's copies, computes its N tokens and writes their cache rows: hidden states [N, D].
+    def run(self, step: Step, plan_fetch: PlanFetch | None = None) -> torch.Tensor:
+        """Makes the step's moves, computes its N tokens and writes their cache rows: hidden states [N, D].
 
         They are valid until the next step.
+
+        Args:
+            step: what a scheduler planned.
+            plan_fetch: that scheduler's, if there is a host tier.
         """
-        if len(step.copies):
-            self.caches.copy_blocks(step.copies)
+        rows = None
+        if self.tier is not None:
+            assert plan_fetch is not None, "a scheduler with a host tier plans its fetches"
+            self.tier.move(step)
+            rows = StepRows(self.tier, step, plan_fetch)
+        self.caches.copy_blocks(step.copies, step.latent_copies)
         if self.graphs is not None and (hidden := self.graphs.run(step)) is not None:
             return hidden
         layout = StepLayout(
@@ -75,7 +94,7 @@ class ModelRunner:
             block_tables=self._tensor(step.block_tables),
             max_seq_len=int(step.seq_lens.max()),
         )
-        return self._compute(self._tensor(step.token_ids), self._tensor(step.positions), layout)
+        return self._compute(self._tensor(step.token_ids), self._tensor(step.positions), layout, rows)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
@@ -83,11 +102,13 @@ class ModelRunner:
         return self.model.lm_head(hidden[self._tensor(rows)]).float()
 
     @torch.inference_mode()
-    def _compute(self, token_ids: torch.Tensor, positions: torch.Tensor, layout: StepLayout) -> torch.Tensor:
+    def _compute(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, layout: StepLayout, rows: StepRows | None = None
+    ) -> torch.Tensor:
         # No query can read more keys than its sequence has: a wider selection would be padding.
         index_topk = min(self.model.config.index_topk, layout.max_seq_len)
         attention = PagedAttention(
-            self.caches, layout, mode=self.attention, index_topk=index_topk, backend=self.backend
+            self.caches, layout, mode=self.attention, index_topk=index_topk, backend=self.backend, rows=rows
         )
         return self.model.model(token_ids, positions, attention)
 
