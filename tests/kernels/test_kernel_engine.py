@@ -15,6 +15,7 @@ import torch
 
 import oracle
 from heedful import LLM, RequestOutput, SamplingParams
+from heedful.engine.paged_attention import PagedAttention
 from heedful.engine.tuning import shapes_of, tune
 from heedful.kernels import tuning
 from stand_in_recorder import StandInRecorder
@@ -74,6 +75,34 @@ def test_recorded_steps_of_kernels_give_the_same_tokens(device: torch.device, ch
     want = [o.outputs[0].token_ids for o in cpu.generate(prompts(), PARAMS, progress=False)]
     assert [o.outputs[0].token_ids for o in replayed.generate(prompts(), PARAMS, progress=False)] == want
     assert len(recorder.recordings) == 1
+
+
+@pytest.mark.parametrize(
+    "model", ["glm_moe_dsa_every_layer", "deepseek_v32"]
+)  # index keys of interleaved and of split pairs
+@pytest.mark.parametrize(
+    ("dtype", "kv_cache_dtype"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "fp8")]
+)
+def test_keys_that_are_turned_while_they_are_written_are_those_turned_before(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, dtype: Any, kv_cache_dtype: Any
+) -> None:
+    oracle.save(model, tmp_path, num_hidden_layers=1)
+    options: dict[str, Any] = {"dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "kv_cache_tokens": 64}
+    caches = []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(PagedAttention, "rotates_keys", False)
+        llm = engine(tmp_path, device, **options)
+        llm.generate(prompts()[:1], SamplingParams(max_tokens=1), progress=False)
+        caches.append(
+            [cache.view(torch.uint8) for cache in (*llm.caches.latent, *llm.caches.index) if cache is not None]
+        )
+    for turned, before in zip(*caches, strict=True):
+        assert turned.any()
+        if device.type == "cpu":
+            assert torch.equal(turned, before)
+        else:  # a chip may fuse the product and the sum of a rotation
+            assert (turned != before).double().mean() < 0.02
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["float32", "fp8"])

@@ -77,16 +77,14 @@ class PagedAttention:
         index: IndexProjection | None,
         shared: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        cache = self.caches.latent[layer]
-        rows = torch.cat((projection.latent, projection.k_pe), dim=-1)
-        value_dim = mla.kv_lora_rank
-        ops.write_latent_cache(rows, cache, self.latent_slots, value_dim=value_dim, backend=self.backend)
+        self._write_latent(layer, mla, projection)
         query = mla.absorb_query(projection)
-        attend: dict[str, Any] = {"scale": mla.scale, "value_dim": value_dim, "cache": cache}
+        cache = self.caches.latent[layer]
+        attend: dict[str, Any] = {"scale": mla.scale, "value_dim": mla.kv_lora_rank, "cache": cache}
         if self.mode == "dense":
             attended, _ = ops.dense_attention_paged(query, **attend, **self.latent_pages)
             return mla.expand_value(attended), None
-        selection = shared if index is None else self._select(layer, index)
+        selection = shared if index is None else self._select(layer, mla, projection, index)
         if selection is None:
             raise ValueError(f"layer {layer} has no indexer and no earlier layer's selection to share")
         if self.rows is None or self.rows.on_device:
@@ -101,7 +99,39 @@ class PagedAttention:
             attended = torch.cat(parts)
         return mla.expand_value(attended), selection
 
-    def _select(self, layer: int, index: IndexProjection) -> torch.Tensor:
+    @property
+    def rotates_keys(self) -> bool:
+        """Whether keys come before RoPE: Triton's kernels turn them while they write them."""
+        return self.backend == "triton"
+
+    def _write_latent(self, layer: int, mla: MLA, projection: LatentProjection) -> None:
+        """Writes this step's latent rows."""
+        cache, value_dim = self.caches.latent[layer], mla.kv_lora_rank
+        if projection.rope is None:
+            rows = torch.cat((projection.latent, projection.k_pe), dim=-1)
+            ops.write_latent_cache(rows, cache, self.latent_slots, value_dim=value_dim, backend=self.backend)
+            return
+        from heedful.kernels.write_cache import write_latent_cache
+
+        # The parts as they are: they need not be put together either.
+        latent, k_pe, rope = projection.latent, projection.k_pe, projection.rope
+        write_latent_cache(latent, cache, self.latent_slots, value_dim=value_dim, k_pe=k_pe, rope=rope)
+
+    def _write_index(
+        self, cache: torch.Tensor, mla: MLA, projection: LatentProjection, key: torch.Tensor, hadamard: bool
+    ) -> None:
+        """Writes this step's index keys."""
+        slots = self.layout.slot_mapping
+        if projection.rope is None:
+            ops.write_index_cache(key, cache, slots, hadamard=hadamard, backend=self.backend)
+            return
+        from heedful.kernels.write_cache import write_index_cache
+
+        assert mla.indexer is not None
+        interleaved = mla.indexer.rope_interleaved
+        write_index_cache(key, cache, slots, hadamard=hadamard, rope=projection.rope, interleaved=interleaved)
+
+    def _select(self, layer: int, mla: MLA, projection: LatentProjection, index: IndexProjection) -> torch.Tensor:
         """Writes this step's index keys and picks each query's keys: int32 [N, K]."""
         cache = self.caches.index[layer]
         assert cache is not None, f"layer {layer} has an indexer and no cache for its keys"
@@ -111,7 +141,7 @@ class PagedAttention:
         if in_bytes:
             query, scales = self._quantize(ops.hadamard(query, backend=self.backend), cache.dtype)
             weights = weights * scales
-        ops.write_index_cache(key, cache, self.layout.slot_mapping, hadamard=in_bytes, backend=self.backend)
+        self._write_index(cache, mla, projection, key, in_bytes)
         # In rising order, which is how the rows lie in the pages that are read next.
         return ops.index_top_k_paged(
             query,
