@@ -90,11 +90,12 @@ def test_seeded_draws_repeat_and_are_the_cpus(gpu: torch.device, checkpoint: Pat
     assert tokens(llm, prompts(3), params) == tokens(llm, prompts(3), params)
 
 
-def test_a_step_waits_for_its_tokens_alone(gpu: torch.device, checkpoint: Path) -> None:
-    llm = LLM(checkpoint, device="cuda", **{**OPTIONS, "dtype": "bfloat16"})
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # experts by the kernel, and grouped where torch can
+def test_a_step_waits_for_its_tokens_alone(gpu: torch.device, checkpoint: Path, dtype: str) -> None:
+    llm = LLM(checkpoint, device="cuda", **{**OPTIONS, "dtype": dtype})
     tokens(llm, prompts(2))
     runner = llm.engine.runner
-    llm.engine.add_request("one", prompts(1)[0], PARAMS)
+    llm.engine.add_request("one", np.random.default_rng(1).integers(2, 199, 400).tolist(), PARAMS)
     for _ in range(3):  # a prompt, then decoding
         step = llm.engine.scheduler.schedule()
         assert step is not None
