@@ -15,6 +15,7 @@ from heedful import LLM, RequestOutput, SamplingParams, SchedulerConfig
 from heedful.engine import cache_sizes, fetches, placement
 from heedful.engine.cache_layout import index_bytes_per_token, latent_bytes_per_token
 from heedful.engine.fetches import StepRows
+from heedful.engine.placement import Placement
 
 SMALL: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_num_seqs": 3, "max_batched_tokens": 64}
 POOL = 24 * 64
@@ -182,6 +183,31 @@ def test_pool_takes_what_memory_allows(checkpoints: dict[str, Path], monkeypatch
     monkeypatch.setattr(placement, "total_memory", lambda: enough - 1)
     with pytest.raises(MemoryError, match=rf"kv_cache_tokens: the caches would take {enough} bytes"):
         LLM(path, **options, kv_cache_tokens=40 * 64)
+
+
+def test_a_gpus_pool_counts_both_memories(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LLM(checkpoints["glm_moe_dsa"], **SMALL, kv_cache_tokens=64).config
+    latent, index = 64 * latent_bytes_per_token(config, "bfloat16"), 64 * index_bytes_per_token(config, "bfloat16")
+    there = Placement(torch.device("cuda", 0), "triton")
+    tier = cache_sizes.TierSize(pages=20, hot_blocks=4)
+    sizes = {"device": 24 * latent + 100 * index, "host": 10**9}
+    for name, method, share in (
+        ("device", "available_memory", placement.GPU_MEMORY_SHARE),
+        ("host", "available_host_memory", placement.HOST_MEMORY_SHARE),
+    ):
+        of = lambda self, name=name, share=share: None if sizes[name] is None else int(sizes[name] / share) + 1  # noqa: E731
+        monkeypatch.setattr(Placement, method, of)
+
+    def blocks(tier: cache_sizes.TierSize | None) -> int:
+        return cache_sizes.blocks_that_fit(config, "bfloat16", 10**6, tier, there)
+
+    assert blocks(tier) == 100
+    sizes["host"] = 60 * latent + 15 * (latent + index)
+    assert blocks(tier) == 60
+    sizes["host"] = None  # type: ignore[assignment]
+    assert blocks(None) == (24 * latent + 100 * index) // (latent + index)
+    with pytest.raises(ValueError, match="kv_cache_tokens: expected a number"):
+        blocks(tier)
 
 
 @pytest.mark.parametrize("seqs", [1, 3, 70])

@@ -115,14 +115,12 @@ def blocks_that_fit(
         MemoryError: not one block fits.
     """
     free = placement.available_memory()
-    host_free = placement.available_host_memory()
+    host_free = 0 if tier is None else placement.available_host_memory()
     if free is None or host_free is None:
         raise ValueError("kv_cache_tokens: expected a number: this system does not tell its free memory")
 
     def fits(num_blocks: int) -> bool:
-        device, host = cache_bytes(config, kv_cache_dtype, num_blocks, tier)
-        if not placement.is_gpu:  # one memory for both
-            device, host = device + host, 0
+        device, host = _by_memory(cache_bytes(config, kv_cache_dtype, num_blocks, tier), placement)
         return device <= free * placement.memory_share and host <= host_free * HOST_MEMORY_SHARE
 
     if not fits(1):
@@ -143,9 +141,7 @@ def check_fits(
     Raises:
         MemoryError: they are.
     """
-    device, host = cache_bytes(config, kv_cache_dtype, num_blocks, tier)
-    if not placement.is_gpu:
-        device, host = device + host, 0
+    device, host = _by_memory(cache_bytes(config, kv_cache_dtype, num_blocks, tier), placement)
     where = f"{placement.device}" if placement.is_gpu else "this machine"
     for size, total, what in (
         (device, placement.total_memory(), where),
@@ -153,3 +149,8 @@ def check_fits(
     ):
         if total is not None and size > total:
             raise MemoryError(f"kv_cache_tokens: the caches would take {size} bytes, {what} has {total}")
+
+
+def _by_memory(sizes: tuple[int, int], placement: Placement) -> tuple[int, int]:
+    """Bytes on the device and on the host, which are one memory where the device is the CPU."""
+    return sizes if placement.is_gpu else (sum(sizes), 0)

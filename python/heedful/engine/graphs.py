@@ -58,17 +58,18 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # One for all: each stream keeps memory of its own, and torch's own for recording is on the device it first saw.
+        self._stream = torch.cuda.Stream(device)
 
     def record(self, compute: Callable[[], torch.Tensor]) -> Recording:
         """Runs it once for what is made on a first call (compiled kernels, workspaces), then records it."""
         with torch.cuda.device(self.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
                 compute()
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 result = compute()
         return _CudaRecording(graph, result)
 

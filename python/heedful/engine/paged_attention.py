@@ -96,7 +96,7 @@ class PagedAttention:
                 ops.sparse_attention_paged(query[queries], chosen, **attend, backend=self.backend)[0]
                 for queries, chosen in self.rows.fetched(layer)
             ]
-            attended = torch.cat(parts)
+            attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         return mla.expand_value(attended), selection
 
     @property

@@ -9,7 +9,7 @@ from heedful import Step
 from heedful.engine.cache_layout import BLOCK_SIZE
 from heedful.engine.caches import KVCaches
 from heedful.engine.fetches import PlanFetch, StepRows
-from heedful.engine.graphs import NO_SLOT, DecodeGraphs, Recorder
+from heedful.engine.graphs import NO_SLOT, DecodeGraphs, Recorder, buckets
 from heedful.engine.host_tier import HostTier
 from heedful.engine.paged_attention import AttentionMode, PagedAttention, StepLayout
 from heedful.engine.placement import Backend, to_device
@@ -44,19 +44,24 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
 
     def record_decoding(self, recorder: Recorder, *, max_num_seqs: int, max_model_len: int) -> DecodeGraphs:
-        """From now on decoding steps replay recordings, which are made when a size first comes, or by `warm_up`."""
+        """From now on decoding steps replay recordings, which are made when a size first comes, or by `warm_up`.
+
+        Not with a host tier, where each layer asks the scheduler for its rows.
+        """
+        assert self.tier is None, "a step that asks the host cannot be replayed"
         self.graphs = DecodeGraphs(
             self._compute, recorder, max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=self.device
         )
         return self.graphs
 
     def warm_up(self, max_tokens: int) -> None:
-        """Compiles what prompts need, by computing some that write no row: a long one, and one of an odd length.
+        """Compiles what prompts need, by computing some that write no row: the longest, and shorter ones down to an odd
+        length, because sizes of tiles follow lengths.
 
         Args:
             max_tokens: of the longest prompt (or part of one) that a step can have.
         """
-        for N in dict.fromkeys((max_tokens, min(max_tokens, 17))):
+        for N in reversed(buckets(17, max_tokens, 2)):
             places = torch.arange(N, dtype=torch.int32, device=self.device)
             layout = StepLayout(
                 slot_mapping=torch.full((N,), NO_SLOT, dtype=torch.int64, device=self.device),

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from heedful.nn.mlp import MLP
 
+TOKENS_AT_A_TIME = 1024
+"""Whose experts' results are summed together."""
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -154,8 +157,11 @@ class Experts(nn.Module):
 
 
 def _weighed(y: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Experts' results [N * top_k, D, ...] -> the weighed sum of each token's [N, D] float32."""
-    return (y.float().view(*routing.experts.shape, -1) * routing.weights[..., None]).sum(1)
+    """Experts' results [N * top_k, D] -> the weighed sum of each token's [N, D] float32, some tokens at a time: a long
+    prompt's results in float32 would take as much memory as the rest of the layer."""
+    y = y.view(*routing.experts.shape, -1)
+    parts = zip(y.split(TOKENS_AT_A_TIME), routing.weights.split(TOKENS_AT_A_TIME), strict=True)
+    return torch.cat([(part * weights[..., None]).sum(1) for part, weights in parts])
 
 
 class MoE(nn.Module):
