@@ -13,13 +13,16 @@ import torch
 
 from heedful.config import ModelConfig
 from heedful.engine.cache_layout import BLOCK_SIZE, KVCacheDtype, cache_layout
-from heedful.engine.placement import Placement, to_device
+from heedful.engine.placement import Backend, Placement, to_device
 
 _LATENTS: dict[KVCacheDtype, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "fp8": torch.uint8,
 }
+TABLE_WIDTH = 16
+"""Columns of block tables come in so many: Triton compiles a kernel apart for strides that 16 divides."""
+
 _INDEX_CODES = {"cpu": torch.int8, "triton": torch.uint8}
 """Bytes of index keys by what multiplies them: int8, or e4m3 codes."""
 
@@ -100,3 +103,12 @@ def move_places(moves: np.ndarray, device: torch.device) -> tuple[torch.Tensor, 
     """int32 [c, 2] of (source, target) -> int64 [c] sources and targets on the device."""
     sources, targets = to_device(torch.from_numpy(moves.astype(np.int64).T.copy()), device)
     return sources, targets
+
+
+def table_tensor(tables: np.ndarray, device: torch.device, backend: Backend) -> torch.Tensor:
+    """Block tables [B, M] on the device; for kernels with columns of -1 up to a width of one kind."""
+    M = tables.shape[1]
+    width = -(-M // TABLE_WIDTH) * TABLE_WIDTH
+    if backend == "triton" and width > M:
+        tables = np.pad(tables, ((0, 0), (0, width - M)), constant_values=-1)
+    return to_device(torch.from_numpy(tables), device)

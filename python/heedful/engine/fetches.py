@@ -16,6 +16,7 @@ import torch
 
 from heedful import Step
 from heedful.engine.cache_layout import BLOCK_SIZE
+from heedful.engine.caches import table_tensor
 from heedful.engine.host_tier import HostTier
 from heedful.engine.placement import to_device
 
@@ -54,7 +55,7 @@ class StepRows:
         self.tier = tier
         self.slot_mapping = here(step.latent_slot_mapping)
         """[N] int64: the row of the latent caches that each token is written to."""
-        self.tables = here(step.latent_tables)
+        self.tables = table_tensor(step.latent_tables, tier.device, tier.backend)
         """[B, M] int32: pages of each sequence, -1 where rows are on the host alone."""
         self.on_device = not ((step.latent_tables < 0) & (step.block_tables >= 0)).any()
         """Whether every row that the step may read has a page."""

@@ -100,7 +100,7 @@ class DecodeGraphs:
         self._compute = compute
         self._recorder = recorder
         self.batches = buckets(1, max_num_seqs, 2)
-        self.contexts = buckets(SHORTEST_CONTEXT, _whole_blocks(max_model_len), 4)
+        self.contexts = buckets(SHORTEST_CONTEXT, whole_blocks(max_model_len), 4)
         rows, blocks = self.batches[-1], self.contexts[-1] // BLOCK_SIZE
         self._token_ids = _Buffer(rows, torch.int32, device)
         self._positions = _Buffer(rows, torch.int32, device)
@@ -188,7 +188,8 @@ def buckets(first: int, last: int, factor: int) -> list[int]:
     return sizes
 
 
-def _whole_blocks(tokens: int) -> int:
+def whole_blocks(tokens: int) -> int:
+    """Tokens rounded up to whole blocks."""
     return -(-tokens // BLOCK_SIZE) * BLOCK_SIZE
 
 

@@ -7,9 +7,9 @@ import torch
 
 from heedful import Step
 from heedful.engine.cache_layout import BLOCK_SIZE
-from heedful.engine.caches import KVCaches
+from heedful.engine.caches import KVCaches, table_tensor
 from heedful.engine.fetches import PlanFetch, StepRows
-from heedful.engine.graphs import NO_SLOT, DecodeGraphs, Recorder, buckets
+from heedful.engine.graphs import NO_SLOT, DecodeGraphs, Recorder, buckets, whole_blocks
 from heedful.engine.host_tier import HostTier
 from heedful.engine.paged_attention import AttentionMode, PagedAttention, StepLayout
 from heedful.engine.placement import Backend, to_device
@@ -62,13 +62,14 @@ class ModelRunner:
             max_tokens: of the longest prompt (or part of one) that a step can have.
         """
         for N in reversed(buckets(17, max_tokens, 2)):
+            blocks = np.zeros((1, -(-N // BLOCK_SIZE)), dtype=np.int32)
             places = torch.arange(N, dtype=torch.int32, device=self.device)
             layout = StepLayout(
                 slot_mapping=torch.full((N,), NO_SLOT, dtype=torch.int64, device=self.device),
                 query_start_loc=torch.tensor([0, N], dtype=torch.int32, device=self.device),
                 seq_lens=torch.tensor([N], dtype=torch.int32, device=self.device),
-                block_tables=torch.zeros((1, -(-N // BLOCK_SIZE)), dtype=torch.int32, device=self.device),
-                max_seq_len=N,
+                block_tables=table_tensor(blocks, self.device, self.backend),
+                max_seq_len=whole_blocks(N),
             )
             self._compute(torch.zeros_like(places), places, layout)
         if self.tier is not None:
@@ -92,12 +93,14 @@ class ModelRunner:
         self.caches.copy_blocks(step.copies, step.latent_copies)
         if self.graphs is not None and (hidden := self.graphs.run(step)) is not None:
             return hidden
+        longest = int(step.seq_lens.max())
         layout = StepLayout(
             slot_mapping=self._tensor(step.slot_mapping),
             query_start_loc=self._tensor(step.query_start_loc),
             seq_lens=self._tensor(step.seq_lens),
-            block_tables=self._tensor(step.block_tables),
-            max_seq_len=int(step.seq_lens.max()),
+            block_tables=table_tensor(step.block_tables, self.device, self.backend),
+            # Whole blocks: kernels are compiled apart for lengths that 16 divides, and no other length comes.
+            max_seq_len=whole_blocks(longest) if self.backend == "triton" else longest,
         )
         return self._compute(self._tensor(step.token_ids), self._tensor(step.positions), layout, rows)
 
