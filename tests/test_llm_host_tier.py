@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from heedful import LLM, RequestOutput, SamplingParams, SchedulerConfig
 from heedful.engine import cache_sizes, fetches, placement
 from heedful.engine.cache_layout import index_bytes_per_token, latent_bytes_per_token
 from heedful.engine.fetches import StepRows
+from heedful.engine.host_tier import HostTier
 from heedful.engine.placement import Placement
 
 SMALL: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_num_seqs": 3, "max_batched_tokens": 64}
@@ -66,9 +69,11 @@ def test_long_prompts_in_chunks_and_batches_that_are_preempted(
 ) -> None:
     plain, tiered = pair(checkpoints[model], dtype=dtype, kv_cache_dtype=kv_cache_dtype)
     batch = prompts(620, 560, 120, 300)
-    params = [SamplingParams(temperature=t, seed=3, max_tokens=160, ignore_eos=True) for t in (0.0, 1.0, 0.0, 0.7)]
-    outputs = answers(tiered, batch, params)
-    assert tokens(outputs) == tokens(answers(plain, batch, params))
+    kinds: list[dict[str, Any]] = [{"temperature": 0.0}, {}, {"temperature": 0.0, "prompt_logprobs": 1}, {"top_p": 0.8}]
+    params = [SamplingParams(seed=3, max_tokens=160, ignore_eos=True, **kind) for kind in kinds]
+    outputs, want = answers(tiered, batch, params), answers(plain, batch, params)
+    assert tokens(outputs) == tokens(want)
+    assert [output.prompt_logprobs for output in outputs] == [output.prompt_logprobs for output in want]
     stats = tiered.engine.scheduler.stats()
     assert min(stats[name] for name in ("stored_blocks", "dropped_pages", "fetched_rows", "hot_row_hits")) > 0
     assert sum(output.metrics.swaps for output in outputs) == stats["swaps"] > 0
@@ -155,6 +160,30 @@ def test_where_the_rows_are(checkpoints: dict[str, Path]) -> None:
     assert tiered.caches.latent_bytes == 22 * 64 * latent
     assert tiered.caches.index_bytes == plain.caches.index_bytes == 24 * 64 * index
     assert tier.bytes == 64 * (30 * latent + 6 * index)
+
+
+def test_a_gpus_host_memory_is_pinned_as_long_as_it_is_there(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: dict[int, int] = {}
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda address, size, flags: pinned.update({address: size}) or 0,
+        cudaHostUnregister=pinned.pop,
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    _, tiered = pair(checkpoints["glm_moe_dsa"])
+    monkeypatch.setattr(Placement, "is_gpu", True)
+    limits = tiered.engine.scheduler.config
+    tier = HostTier(tiered.caches, limits, Placement(torch.device("cpu"), "cpu"))
+    memories = [memory for memory in (*tier.latent, *tier.index) if memory is not None]
+    assert {(memory.data_ptr(), memory.nbytes) for memory in memories} <= set(pinned.items())
+    assert len(pinned) == 6
+    del tier, memories
+    gc.collect()
+    assert not pinned
+    runtime.cudaHostRegister = lambda *_: 2
+    with pytest.raises(MemoryError, match=r"kv_cache_tokens: \d+ bytes .* cannot be pinned \(CUDA error 2\)"):
+        HostTier(tiered.caches, limits, Placement(torch.device("cpu"), "cpu"))
 
 
 def test_warming_up_writes_no_row(checkpoints: dict[str, Path]) -> None:
