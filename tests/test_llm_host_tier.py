@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,6 +125,29 @@ def test_a_selection_of_more_rows_than_are_kept_is_read_in_parts(
     most.clear()
     assert tokens(answers(tiered, batch, params)) == want
     assert max(most) == 10  # 64 queries, 7 at a time
+
+
+def test_an_aborted_request_does_not_touch_the_others(checkpoints: dict[str, Path]) -> None:
+    """Its blocks, pages and places on the host go to others while these run."""
+    plain, tiered = pair(checkpoints["glm_moe_dsa"])
+    params = SamplingParams(temperature=1.0, seed=2, max_tokens=150, ignore_eos=True)
+    found = []
+    for llm in (plain, tiered):
+        done = {}
+        for name, prompt in zip("abcd", prompts(620, 560, 120, 500, seed=9), strict=True):
+            llm.engine.add_request(name, prompt, params)
+        for step in itertools.count():
+            if not llm.engine.has_unfinished_requests():
+                break
+            if step in (60, 100):
+                llm.engine.abort_request("ac"[step == 100])
+            done |= {o.request_id: tokens([o]) for o in llm.engine.step() if o.finished}
+            llm.engine.scheduler.check_invariants()
+        found.append(done)
+    assert found[0].keys() == set("bd")
+    assert found[0] == found[1]
+    stats = tiered.engine.scheduler.stats()
+    assert (stats["fetched_rows"] > 0, stats["free_swap_blocks"]) == (True, stats["swap_blocks"])
 
 
 def test_a_failed_step_leaves_a_sound_tier(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
