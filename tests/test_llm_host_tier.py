@@ -163,8 +163,10 @@ def test_a_failed_step_leaves_a_sound_tier(checkpoints: dict[str, Path], monkeyp
         assert tokens(answers(tiered, [prompt], params)) == tokens(answers(plain, [prompt], params))
 
 
-def test_nothing_is_moved_or_fetched_while_pages_are_left(checkpoints: dict[str, Path]) -> None:
-    plain, tiered = pair(checkpoints["glm_moe_dsa"])
+@pytest.mark.parametrize("pool", [64 * 3, POOL])
+def test_nothing_is_moved_or_fetched_while_pages_are_left(checkpoints: dict[str, Path], pool: int) -> None:
+    """Even of fewer blocks than pages."""
+    plain, tiered = pair(checkpoints["glm_moe_dsa"], pool)
     batch, params = prompts(100, 90), SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
     assert tokens(answers(tiered, batch, params)) == tokens(answers(plain, batch, params))
     assert tiered.host_tier is not None

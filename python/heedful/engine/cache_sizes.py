@@ -89,8 +89,8 @@ def tier_size(
 
 
 def swap_blocks(num_blocks: int) -> int:
-    """Blocks of preempted requests that the host tier keeps."""
-    return num_blocks // SWAP_SHARE
+    """Blocks of preempted requests that the host tier keeps: at least one."""
+    return max(1, num_blocks // SWAP_SHARE)
 
 
 def cache_bytes(
