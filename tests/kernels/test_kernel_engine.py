@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import oracle
@@ -109,7 +110,7 @@ def test_keys_that_are_turned_while_they_are_written_are_those_turned_before(
         )
     for turned, before in zip(*caches, strict=True):
         assert turned.any()
-        if device.type == "cpu":
+        if triton.knobs.runtime.interpret:
             assert torch.equal(turned, before)
         else:  # a chip may fuse the product and the sum of a rotation
             assert (turned != before).double().mean() < 0.02
