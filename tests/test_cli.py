@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -360,6 +361,7 @@ def test_doctor_names_gpus_and_what_runs_on_them(
         (["text", "--repetition-penalty", "0"], "repetition_penalty: expected"),
         (["text", "--threads", "0"], "--threads: expected 1 to 1024, got 0"),
         (["text", "--kv-cache-tokens", "0"], "kv_cache_tokens: expected a positive integer, got 0"),
+        (["text", "--device-latent-tokens", "64"], "device_latent_tokens: expected at least 4480 with"),
         (["text", "--max-batched-tokens", "-1"], "max_batched_tokens: expected a positive integer, got -1"),
         (["text", "--max-model-len", str(10**30)], "max_model_len: expected at most"),
     ],
@@ -450,6 +452,14 @@ def test_generate_prints_the_text_and_the_measures_apart(expected: str, capsys: 
         assert name in error
     assert "12 tokens, ended by length" in error
     assert expected not in error
+
+
+def test_generate_with_latent_rows_on_the_host(expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device-latent-tokens", "576", "--max-batched-tokens", "64"]
+    assert main(["generate", PROMPT, *QUICK, *options, "--temperature", "0"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == expected + "\n"
+    assert re.search(r"latent cache: .* MiB on the device, .* MiB on the host; 0 rows fetched", captured.err)
 
 
 def test_generate_quiet_reads_standard_input_and_prints_the_text_alone(expected: str) -> None:

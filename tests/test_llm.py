@@ -186,7 +186,7 @@ def test_bad_input_is_refused_and_the_engine_goes_on(
 
 def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine.runner, "run", lambda step: 1 / 0)
+        patch.setattr(llm.engine.runner, "run", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             generate(llm, TEXTS)
     assert_idle(llm)

@@ -123,6 +123,6 @@ def test_dtype_auto_is_the_checkpoints_unless_the_cpu_lacks_bfloat16_and_memory_
     path = rewritten(checkpoint, tmp_path, dtype=stored)
     with monkeypatch.context() as patch:
         patch.setattr(llm_module, "total_memory", lambda: memory)
-        patch.setattr(llm_module, "_check_fits", lambda size, placement: None)
+        patch.setattr(llm_module, "check_fits", lambda *_: None)
         llm = LLM(path, kv_cache_tokens=64)
     assert llm.dtype == expected

@@ -22,7 +22,7 @@ def checkpoint(gpu: torch.device, request: pytest.FixtureRequest, tmp_path_facto
     directory = tmp_path_factory.mktemp(request.param)
     # Widths that the products of a GPU serve.
     wide = {"kv_lora_rank": 64, "qk_rope_head_dim": 16, "num_attention_heads": 16, "num_key_value_heads": 16}
-    oracle.save(request.param, directory, **wide)
+    oracle.save(request.param, directory, max_position_embeddings=2048, **wide)
     return directory
 
 
@@ -90,11 +90,12 @@ def test_seeded_draws_repeat_and_are_the_cpus(gpu: torch.device, checkpoint: Pat
     assert tokens(llm, prompts(3), params) == tokens(llm, prompts(3), params)
 
 
-def test_a_step_waits_for_its_tokens_alone(gpu: torch.device, checkpoint: Path) -> None:
-    llm = LLM(checkpoint, device="cuda", **{**OPTIONS, "dtype": "bfloat16"})
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # experts by the kernel, and grouped where torch can
+def test_a_step_waits_for_its_tokens_alone(gpu: torch.device, checkpoint: Path, dtype: str) -> None:
+    llm = LLM(checkpoint, device="cuda", **{**OPTIONS, "dtype": dtype})
     tokens(llm, prompts(2))
     runner = llm.engine.runner
-    llm.engine.add_request("one", prompts(1)[0], PARAMS)
+    llm.engine.add_request("one", np.random.default_rng(1).integers(2, 199, 400).tolist(), PARAMS)
     for _ in range(3):  # a prompt, then decoding
         step = llm.engine.scheduler.schedule()
         assert step is not None
@@ -104,6 +105,24 @@ def test_a_step_waits_for_its_tokens_alone(gpu: torch.device, checkpoint: Path) 
         finally:
             torch.cuda.set_sync_debug_mode("default")
         llm.engine.scheduler.update(logits.argmax(-1).int().cpu().numpy())
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["float32", "fp8"])
+def test_latent_rows_on_the_host_change_nothing(gpu: torch.device, checkpoint: Path, kv_cache_dtype: Any) -> None:
+    """Two long prompts in fewer pages than they fill, one of which gives way."""
+    options: dict[str, Any] = {"dtype": "float32", "kv_cache_dtype": kv_cache_dtype, "max_num_seqs": 3}
+    options |= {"max_batched_tokens": 64, "kv_cache_tokens": 24 * 64, "enforce_eager": True}
+    rng = np.random.default_rng(0)
+    batch = [rng.integers(2, 199, length).tolist() for length in (620, 560, 120)]
+    params = SamplingParams(temperature=0.0, max_tokens=160, ignore_eos=True)
+    plain = LLM(checkpoint, device="cuda", **options)
+    tiered = LLM(checkpoint, device="cuda", **options, device_latent_tokens=20 * 64, hot_rows=64)
+    assert tiered.host_tier is not None
+    assert all(memory.is_pinned() for memory in tiered.host_tier.latent)
+    # Keys are summed in other parts where a step's queries are read in parts.
+    assert agreement(tokens(tiered, batch, params), tokens(plain, batch, params)) >= 0.8
+    stats = tiered.engine.scheduler.stats()
+    assert min(stats[name] for name in ("stored_blocks", "fetched_rows", "swaps")) > 0
 
 
 def test_weights_and_caches_are_on_the_device(gpu: torch.device, checkpoint: Path) -> None:

@@ -51,6 +51,12 @@ def add_parser(subparsers: Any) -> None:
     )
     model.add_argument("--kv-cache-tokens", type=int, metavar="N", help="tokens the caches hold (default: what fits)")
     model.add_argument(
+        "--device-latent-tokens",
+        type=int,
+        metavar="N",
+        help="tokens whose latent rows stay on the device; the host's memory holds the others (default: all of them)",
+    )
+    model.add_argument(
         "--max-model-len", type=int, metavar="N", help="longest prompt and output (default: the model's)"
     )
     model.add_argument("--max-batched-tokens", type=int, default=2048, metavar="N", help="tokens computed in one step")
@@ -106,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         kv_cache_dtype=args.kv_cache_dtype,
         kv_cache_tokens=args.kv_cache_tokens,
+        device_latent_tokens=args.device_latent_tokens,
         max_model_len=args.max_model_len,
         max_batched_tokens=args.max_batched_tokens,
         max_num_seqs=1,
@@ -168,8 +175,14 @@ def _stream(llm: LLM, prompt: str, params: SamplingParams, *, progress: bool) ->
 
 
 def _print_measures(llm: LLM, output: RequestOutput) -> None:
-    metrics, completion, caches = output.metrics, output.outputs[0], llm.caches
+    metrics, completion, caches, tier = output.metrics, output.outputs[0], llm.caches, llm.host_tier
     stats = llm.engine.scheduler.stats()
+    latent = _cache_row(caches.latent_bytes, caches.num_blocks, stats["peak_used_blocks"])
+    if tier is not None:
+        latent = (
+            f"{caches.latent_bytes / 2**20:,.2f} MiB on the device, {tier.bytes / 2**20:,.1f} MiB on the host; "
+            f"{stats['fetched_rows']:,} rows fetched, {stats['stored_blocks']:,} blocks stored"
+        )
 
     def rate(value: float | None) -> str:
         return "-" if value is None else f"{value:,.1f} tokens/s"
@@ -181,7 +194,7 @@ def _print_measures(llm: LLM, output: RequestOutput) -> None:
         "prefill": rate(metrics.prefill_tokens_per_second),
         "decode": rate(metrics.decode_tokens_per_second),
         "share of keys read": f"{metrics.share_of_keys_read or 0:.1%} (index_topk {llm.config.index_topk})",
-        "latent cache": _cache_row(caches.latent_bytes, caches.num_blocks, stats["peak_used_blocks"]),
+        "latent cache": latent,
         "index-key cache": _cache_row(caches.index_bytes, caches.num_blocks, stats["peak_used_blocks"]),
     }
     print(file=sys.stderr)

@@ -68,9 +68,18 @@ def cache_layout(config: ModelConfig, kv_cache_dtype: KVCacheDtype) -> CacheLayo
     return CacheLayout(kv_cache_dtype, config.kv_lora_rank, config.qk_rope_head_dim, config.index_head_dim)
 
 
+def latent_bytes_per_token(config: ModelConfig, kv_cache_dtype: KVCacheDtype) -> int:
+    """Bytes of one token's latent rows, over all layers."""
+    layout = cache_layout(config, kv_cache_dtype)
+    return layout.latent_width * layout.itemsize * config.num_hidden_layers
+
+
+def index_bytes_per_token(config: ModelConfig, kv_cache_dtype: KVCacheDtype) -> int:
+    """Bytes of one token's index keys, over the layers that select for themselves."""
+    layout = cache_layout(config, kv_cache_dtype)
+    return layout.index_width * layout.itemsize * config.indexer_types.count("full")
+
+
 def bytes_per_token(config: ModelConfig, kv_cache_dtype: KVCacheDtype) -> int:
     """Bytes one token takes over both caches and all layers."""
-    layout = cache_layout(config, kv_cache_dtype)
-    width = layout.latent_width * config.num_hidden_layers
-    width += layout.index_width * config.indexer_types.count("full")
-    return width * layout.itemsize
+    return latent_bytes_per_token(config, kv_cache_dtype) + index_bytes_per_token(config, kv_cache_dtype)

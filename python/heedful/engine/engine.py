@@ -15,6 +15,7 @@ import torch
 
 from heedful import Scheduler, SchedulerConfig, Step, Tokenizer
 from heedful.engine.outputs import RequestOutput, TokenLogprobs
+from heedful.engine.placement import to_device
 from heedful.engine.request import Completion, Request
 from heedful.engine.runner import ModelRunner
 from heedful.engine.sampler import SamplingState, sample, token_logprobs
@@ -135,9 +136,11 @@ class LLMEngine:
                 raise RuntimeError(f"scheduler: nothing can run although requests wait: {self.scheduler.stats()}")
             return []
         for scheduler_id in step.preempted:
-            self._completions[scheduler_id][0].metrics.preemptions += 1
+            metrics = self._completions[scheduler_id][0].metrics
+            metrics.preemptions += 1
+            metrics.swaps += scheduler_id in step.swapped
         try:
-            hidden = self.runner.run(step)
+            hidden = self.runner.run(step, self.scheduler.plan_fetch)
             self._report_prompt_logprobs(step, hidden)
             sampled, logprobs = self._sample(step, hidden)
         except BaseException:
@@ -198,7 +201,8 @@ class LLMEngine:
         if not wanted:
             return sampled, {}
         top = max(states[row].params.logprobs or 0 for row in wanted)
-        reported = token_logprobs(logits[wanted], sampled[wanted], top)
+        rows = to_device(torch.tensor(wanted), logits.device)
+        reported = token_logprobs(logits[rows], sampled[wanted], top)
         return sampled, {
             row: self._finish_logprobs(entry, states[row].params.logprobs or 0)
             for row, entry in zip(wanted, reported, strict=True)

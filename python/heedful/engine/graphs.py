@@ -58,17 +58,18 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # One for all: each stream keeps memory of its own, and torch's own for recording is on the device it first saw.
+        self._stream = torch.cuda.Stream(device)
 
     def record(self, compute: Callable[[], torch.Tensor]) -> Recording:
         """Runs it once for what is made on a first call (compiled kernels, workspaces), then records it."""
         with torch.cuda.device(self.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
                 compute()
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 result = compute()
         return _CudaRecording(graph, result)
 
@@ -99,7 +100,7 @@ class DecodeGraphs:
         self._compute = compute
         self._recorder = recorder
         self.batches = buckets(1, max_num_seqs, 2)
-        self.contexts = buckets(SHORTEST_CONTEXT, _whole_blocks(max_model_len), 4)
+        self.contexts = buckets(SHORTEST_CONTEXT, whole_blocks(max_model_len), 4)
         rows, blocks = self.batches[-1], self.contexts[-1] // BLOCK_SIZE
         self._token_ids = _Buffer(rows, torch.int32, device)
         self._positions = _Buffer(rows, torch.int32, device)
@@ -187,7 +188,8 @@ def buckets(first: int, last: int, factor: int) -> list[int]:
     return sizes
 
 
-def _whole_blocks(tokens: int) -> int:
+def whole_blocks(tokens: int) -> int:
+    """Tokens rounded up to whole blocks."""
     return -(-tokens // BLOCK_SIZE) * BLOCK_SIZE
 
 

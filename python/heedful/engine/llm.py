@@ -15,10 +15,12 @@ from tqdm import tqdm
 
 from heedful import SchedulerConfig, Tokenizer
 from heedful.config import ModelConfig
-from heedful.engine.cache_layout import BLOCK_SIZE, KVCacheDtype, bytes_per_token, supported_cache_dtypes
+from heedful.engine.cache_layout import BLOCK_SIZE, KVCacheDtype, supported_cache_dtypes
+from heedful.engine.cache_sizes import blocks_that_fit, check_fits, swap_blocks, tier_size
 from heedful.engine.caches import KVCaches
 from heedful.engine.engine import LLMEngine
 from heedful.engine.graphs import CudaRecorder
+from heedful.engine.host_tier import HostTier
 from heedful.engine.outputs import RequestOutput
 from heedful.engine.paged_attention import AttentionMode
 from heedful.engine.placement import Placement
@@ -55,6 +57,12 @@ class LLM:
         kv_cache_dtype: "float32", "bfloat16", "fp8" or "auto", the model's dtype.
         kv_cache_tokens: tokens the caches hold; None takes what fits in a share of the free memory.
         max_model_len: longest prompt and output together; None takes the model's trained context.
+        device_latent_tokens: tokens whose latent rows the device holds in pages, at least twice what a step writes; the
+            host's memory holds those of all others (and keeps the rows of preempted requests), so that long contexts
+            take only index keys of the device. Selected rows are fetched; decoding steps are not recorded as graphs
+            then. None keeps every row on the device. Not with attention="dense", which reads every row.
+        hot_rows: with device_latent_tokens, fetched rows that the device keeps for each layer; None for a quarter of
+            device_latent_tokens, but as many as a query selects.
         max_batched_tokens: tokens computed in one step; longer prompts are computed in chunks of it.
         max_num_seqs: completions that run at the same time.
         enable_prefix_caching: keep the cache rows of ended requests for others that begin alike.
@@ -86,6 +94,8 @@ class LLM:
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         kv_cache_dtype: Literal["auto", "float32", "bfloat16", "fp8"] = "auto",
         kv_cache_tokens: int | None = None,
+        device_latent_tokens: int | None = None,
+        hot_rows: int | None = None,
         max_model_len: int | None = None,
         max_batched_tokens: int = 8192,
         max_num_seqs: int = 256,
@@ -102,33 +112,61 @@ class LLM:
         _check_choice("attention", attention, ("sparse", "dense"))
         for name, value in (
             ("kv_cache_tokens", kv_cache_tokens),
+            ("device_latent_tokens", device_latent_tokens),
+            ("hot_rows", hot_rows),
             ("max_model_len", max_model_len),
             ("max_batched_tokens", max_batched_tokens),
             ("max_num_seqs", max_num_seqs),
         ):
             _check_positive(name, value)
+        if attention == "dense" and device_latent_tokens is not None:
+            raise ValueError(
+                f"device_latent_tokens: expected None with attention='dense', which reads every row, "
+                f"got {device_latent_tokens}"
+            )
         path = _model_path(model)
         self.config = ModelConfig.from_file(path)
         self.device = placement.device
         self.dtype = _model_dtype(self.config, dtype, placement)
         cache_dtype = _cache_dtype(self.config, self.dtype, kv_cache_dtype)
         max_model_len = _model_len(self.config, max_model_len)
+        tier = tier_size(
+            device_latent_tokens,
+            hot_rows,
+            selected=min(self.config.index_topk, max_model_len),
+            max_batched_tokens=max_batched_tokens,
+            max_num_seqs=max_num_seqs,
+        )
         network = load_model(path, self.config, self.dtype, placement.device)
-        most = max_model_len * max_num_seqs
-        tokens = kv_cache_tokens or _tokens_that_fit(self.config, cache_dtype, most, placement)
-        num_blocks = -(-tokens // BLOCK_SIZE)
-        _check_fits(num_blocks * BLOCK_SIZE * bytes_per_token(self.config, cache_dtype), placement)
+        if kv_cache_tokens is None:
+            most = -(-max_model_len * max_num_seqs // BLOCK_SIZE)
+            num_blocks = blocks_that_fit(self.config, cache_dtype, most, tier, placement)
+        else:
+            num_blocks = -(-kv_cache_tokens // BLOCK_SIZE)
+        check_fits(self.config, cache_dtype, num_blocks, tier, placement)
         self.tokenizer = Tokenizer.from_pretrained(path) if (path / "tokenizer.json").is_file() else None
-        self.caches = KVCaches(self.config, num_blocks, cache_dtype, placement)
         max_model_len = min(max_model_len, num_blocks * BLOCK_SIZE)
-        runner = ModelRunner(network, self.caches, attention, placement.backend)
+        limits = SchedulerConfig(
+            num_blocks=num_blocks,
+            block_size=BLOCK_SIZE,
+            max_batched_tokens=max_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            enable_prefix_caching=enable_prefix_caching,
+            num_latent_blocks=None if tier is None else tier.pages,
+            hot_rows=0 if tier is None else tier.hot_rows,
+            num_swap_blocks=None if tier is None else swap_blocks(num_blocks),
+        )
+        self.caches = KVCaches(self.config, num_blocks, cache_dtype, placement, None if tier is None else tier.blocks)
+        self.host_tier = None if tier is None else HostTier(self.caches, limits, placement)
+        runner = ModelRunner(network, self.caches, attention, placement.backend, self.host_tier)
         if tune_kernels and placement.backend == "triton":
             shapes = shapes_of(max_num_seqs, max_batched_tokens, max_model_len)
             for _ in tqdm(tune(runner, shapes), total=len(shapes), desc="Measuring", unit="shape", leave=False):
                 pass
         if placement.is_gpu:
             runner.warm_up(min(max_batched_tokens, max_model_len))
-        if placement.is_gpu and not enforce_eager:
+        if placement.is_gpu and not enforce_eager and tier is None:
             graphs = runner.record_decoding(
                 CudaRecorder(placement.device), max_num_seqs=max_num_seqs, max_model_len=max_model_len
             )
@@ -137,14 +175,7 @@ class LLM:
                 pass
         self.engine = LLMEngine(
             runner,
-            SchedulerConfig(
-                num_blocks=num_blocks,
-                block_size=BLOCK_SIZE,
-                max_batched_tokens=max_batched_tokens,
-                max_num_seqs=max_num_seqs,
-                max_model_len=max_model_len,
-                enable_prefix_caching=enable_prefix_caching,
-            ),
+            limits,
             self.tokenizer,
             self.config.eos_token_ids,
             seed,
@@ -244,25 +275,6 @@ def _model_len(config: ModelConfig, max_model_len: int | None) -> int:
             f"max_model_len: expected at most the model's {config.max_position_embeddings}, got {max_model_len}"
         )
     return max_model_len
-
-
-def _tokens_that_fit(config: ModelConfig, kv_cache_dtype: KVCacheDtype, most: int, placement: Placement) -> int:
-    """Tokens in the caches: as many as could ever be used, or as a share of the free memory holds."""
-    free = placement.available_memory()
-    if free is None:
-        raise ValueError("kv_cache_tokens: expected a number: this system does not tell its free memory")
-    fit = int(free * placement.memory_share) // bytes_per_token(config, kv_cache_dtype)
-    if fit < BLOCK_SIZE:
-        raise MemoryError(f"kv_cache_tokens: {free} free bytes hold no block of {BLOCK_SIZE} tokens")
-    return min(most, fit // BLOCK_SIZE * BLOCK_SIZE)
-
-
-def _check_fits(size: int, placement: Placement) -> None:
-    # The system gives cache pages when they are first written, so asking for too many would fail only then.
-    total = placement.total_memory()
-    if total is not None and size > total:
-        what = f"{placement.device}" if placement.is_gpu else "this machine"
-        raise MemoryError(f"kv_cache_tokens: the caches would take {size} bytes, {what} has {total}")
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[str | Sequence[int]]:

@@ -60,7 +60,9 @@ class RequestMetrics:
     keys_read: int = 0
     """Keys that attention did read, summed likewise."""
     preemptions: int = 0
-    """Times this request gave its blocks away and was computed anew."""
+    """Times this request gave its blocks away and was computed anew, or went on with rows kept on the host."""
+    swaps: int = 0
+    """How many of these its rows were kept on the host."""
 
     @property
     def time_to_first_token(self) -> float | None:

@@ -16,7 +16,9 @@ Backend = Literal["cpu", "triton"]
 
 CPU_MEMORY_SHARE = 0.4
 GPU_MEMORY_SHARE = 0.85
-"""Share of the memory left beside the weights that the caches take when `kv_cache_tokens` is not given."""
+HOST_MEMORY_SHARE = 0.7
+"""Share of the memory left beside the weights that the caches take when `kv_cache_tokens` is not given: a CPU's, a
+GPU's, and the host's for what a GPU leaves there."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,14 @@ class Placement:
     def total_memory(self) -> int | None:
         """Bytes of memory, or None where the system does not tell."""
         return torch.cuda.mem_get_info(self.device)[1] if self.is_gpu else total_memory()
+
+    def available_host_memory(self) -> int | None:
+        """Bytes of the host's memory that can still be taken, or None where the system does not tell."""
+        return available_memory()
+
+    def total_host_memory(self) -> int | None:
+        """Bytes of the host's memory, or None where the system does not tell."""
+        return total_memory()
 
     @property
     def memory_share(self) -> float:

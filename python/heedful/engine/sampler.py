@@ -33,6 +33,14 @@ class SamplingState:
     prompt_token_ids: list[int]
     output_counts: Counter[int] = field(default_factory=Counter)
     """How often each token was generated."""
+    _prompt_ids: np.ndarray | None = None
+
+    @property
+    def prompt_ids(self) -> np.ndarray:
+        """The distinct ids of the prompt, rising; found when they are first asked for, not for each token."""
+        if self._prompt_ids is None:
+            self._prompt_ids = np.unique(np.asarray(self.prompt_token_ids, np.int64))
+        return self._prompt_ids
 
     def uniform(self) -> float:
         """This draw's number in [0, 1): a function of seed, completion and place alone (Philox, counter-based).
@@ -114,24 +122,30 @@ def _inverse(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 def _penalize(logits: torch.Tensor, states: list[SamplingState]) -> torch.Tensor:
     """Logits after the repetition, frequency and presence penalties, in a new tensor."""
     logits = logits.clone()
-    repeated: list[tuple[int, int, float]] = []  # row, token, factor
-    generated: list[tuple[int, int, float]] = []  # row, token, what is subtracted
+    repeated: list[np.ndarray] = []  # rows, tokens and factors
+    generated: list[np.ndarray] = []  # rows, tokens and what is subtracted
     for row, state in enumerate(states):
         params = state.params
         if not params.has_penalties:
             continue
-        counts = state.output_counts
+        tokens = np.fromiter(state.output_counts.keys(), np.int64)
+        counts = np.fromiter(state.output_counts.values(), np.int64)
         if params.repetition_penalty != 1.0:
-            seen = counts.keys() | set(state.prompt_token_ids)
-            repeated += [(row, token, params.repetition_penalty) for token in seen]
-        frequency, presence = params.frequency_penalty, params.presence_penalty
-        generated += [(row, token, frequency * count + presence) for token, count in counts.items()]
+            seen = np.union1d(state.prompt_ids, tokens)
+            repeated.append(_entries(row, seen, params.repetition_penalty))
+        generated.append(_entries(row, tokens, params.frequency_penalty * counts + params.presence_penalty))
     for entries, change in ((repeated, _weaken), (generated, torch.sub)):
         if entries:
-            rows, tokens, amounts = to_device(torch.tensor(entries, dtype=torch.float64), logits.device).unbind(-1)
-            where = (rows.long(), tokens.long())
+            together = torch.from_numpy(np.concatenate(entries, axis=1))
+            rows, places, amounts = to_device(together, logits.device)
+            where = (rows.long(), places.long())
             logits[where] = change(logits[where], amounts.float())
     return logits
+
+
+def _entries(row: int, tokens: np.ndarray, amounts: np.ndarray | float) -> np.ndarray:
+    """float64 [3, n]: a row's number, tokens, and an amount for each."""
+    return np.stack(np.broadcast_arrays(np.float64(row), tokens, amounts))
 
 
 def _weaken(values: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
@@ -150,17 +164,17 @@ def token_logprobs(logits: torch.Tensor, token_ids: np.ndarray, top: int) -> lis
         For each row a dict from token id to `Logprob`, the row's own token first.
     """
     log_probs = logits.log_softmax(-1)
-    wanted = torch.as_tensor(token_ids, dtype=torch.int64, device=logits.device)[:, None]
+    wanted = to_device(torch.from_numpy(np.asarray(token_ids, np.int64)), logits.device)[:, None]
     own = log_probs.gather(-1, wanted)
-    ranks = ((log_probs > own).sum(-1) + 1).tolist()
+    ranks = (log_probs > own).sum(-1, keepdim=True) + 1
     best = log_probs.topk(min(top, log_probs.shape[-1]), dim=-1)
-    rows = zip(
-        wanted[:, 0].tolist(), own[:, 0].tolist(), ranks, best.indices.tolist(), best.values.tolist(), strict=True
-    )
+    # One transfer carries all of it, because each waits for the device; float64 holds ids and float32 exactly.
+    found = torch.cat([part.double() for part in (own, ranks, best.values, best.indices)], dim=-1).tolist()
     result = []
-    for token_id, logprob, rank, best_ids, best_logprobs in rows:
-        entry = {token_id: Logprob(logprob, rank)}
+    for token_id, (logprob, rank, *rest) in zip(token_ids, found, strict=True):
+        entry = {int(token_id): Logprob(logprob, int(rank))}
+        best_logprobs, best_ids = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         for place, (other, other_logprob) in enumerate(zip(best_ids, best_logprobs, strict=True), start=1):
-            entry.setdefault(other, Logprob(other_logprob, place))
+            entry.setdefault(int(other), Logprob(other_logprob, place))
         result.append(entry)
     return result

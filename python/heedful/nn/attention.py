@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 class Attention(Protocol):
-    """Stores a layer's new keys, selects, and attends."""
+    """Stores a layer's new keys, selects, and attends.
+
+    One that has a true attribute `rotates_keys` gets `k_pe` and the index key before RoPE, with the angles
+    (`LatentProjection.rope`), and turns them itself: a kernel that writes keys to a cache turns them on the way.
+    """
 
     def __call__(
         self,

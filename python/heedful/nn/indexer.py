@@ -18,7 +18,7 @@ class IndexProjection(NamedTuple):
     query: torch.Tensor
     """[..., Hi, Di], after RoPE."""
     key: torch.Tensor
-    """[..., Di], after RoPE: what the index-key cache holds."""
+    """[..., Di], after RoPE (unless asked for before it): what the index-key cache holds."""
     weights: torch.Tensor
     """[..., Hi] float32, already times Hi^-1/2 * Di^-1/2."""
 
@@ -46,8 +46,13 @@ class LightningIndexer(nn.Module):
         self.k_norm = nn.LayerNorm(head_dim, eps=1e-6)
         self.weights_proj = nn.Linear(hidden_size, n_heads, bias=False)
 
-    def forward(self, x: torch.Tensor, compressed_query: torch.Tensor, rope: Rope) -> IndexProjection:
-        """x [..., D], compressed_query [..., q_lora_rank] (after its norm) -> the three projections."""
+    def forward(
+        self, x: torch.Tensor, compressed_query: torch.Tensor, rope: Rope, *, rotate_key: bool = True
+    ) -> IndexProjection:
+        """x [..., D], compressed_query [..., q_lora_rank] (after its norm) -> the three projections.
+
+        Without `rotate_key` the key comes before RoPE.
+        """
         query = self.wq_b(compressed_query).unflatten(-1, (self.n_heads, self.head_dim))
         key = self.wk(x)
         norm = self.k_norm
@@ -55,7 +60,8 @@ class LightningIndexer(nn.Module):
             key.float(), (self.head_dim,), norm.weight.float(), norm.bias.float(), norm.eps
         ).to(x.dtype)
         query = apply_rope(query, rope, interleaved=self.rope_interleaved)
-        key = apply_rope(key.unsqueeze(-2), rope, interleaved=self.rope_interleaved).squeeze(-2)
+        if rotate_key:
+            key = apply_rope(key.unsqueeze(-2), rope, interleaved=self.rope_interleaved).squeeze(-2)
         scale = self.n_heads**-0.5 * self.head_dim**-0.5
         weights = nn.functional.linear(x.float(), self.weights_proj.weight.float()) * scale
         return IndexProjection(query, key, weights)

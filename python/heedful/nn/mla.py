@@ -27,9 +27,11 @@ class LatentProjection(NamedTuple):
     latent: torch.Tensor
     """[..., C], after its norm."""
     k_pe: torch.Tensor
-    """[..., R], after RoPE, shared by the heads."""
+    """[..., R], shared by the heads; after RoPE, unless `rope` is there."""
     compressed_query: torch.Tensor
     """[..., q_lora_rank], after its norm: the indexer reads it too."""
+    rope: Rope | None = None
+    """cos and sin by which k_pe, and the layer's index key, are still to be turned."""
 
 
 class MLA(nn.Module):
@@ -93,23 +95,29 @@ class MLA(nn.Module):
         Returns:
             The block's output [..., D] and the selection it used (None when attention was dense).
         """
-        projection = self.project(x, rope)
-        index = None if self.indexer is None else self.indexer(x, projection.compressed_query, rope)
+        rotate_keys = not getattr(attention, "rotates_keys", False)
+        projection = self.project(x, rope, rotate_keys=rotate_keys)
+        index = None
+        if self.indexer is not None:
+            index = self.indexer(x, projection.compressed_query, rope, rotate_key=rotate_keys)
         heads, selection = attention(layer, self, projection, index, shared)
         return self.o_proj(heads.flatten(-2)), selection
 
-    def project(self, x: torch.Tensor, rope: Rope) -> LatentProjection:
-        """x [..., D] -> queries of each head and the token's latent row."""
+    def project(self, x: torch.Tensor, rope: Rope, *, rotate_keys: bool = True) -> LatentProjection:
+        """x [..., D] -> queries of each head and the token's latent row; without `rotate_keys` k_pe before RoPE."""
         compressed_query = self.q_a_layernorm(self.q_a_proj(x))
         query = self.q_b_proj(compressed_query).unflatten(-1, (self.num_heads, -1))
         q_nope, q_pe = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         latent, k_pe = self.kv_a_proj_with_mqa(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        if rotate_keys:
+            k_pe = apply_rope(k_pe.unsqueeze(-2), rope, interleaved=True).squeeze(-2)
         return LatentProjection(
             q_nope=q_nope,
             q_pe=apply_rope(q_pe, rope, interleaved=True),
             latent=self.kv_a_layernorm(latent),
-            k_pe=apply_rope(k_pe.unsqueeze(-2), rope, interleaved=True).squeeze(-2),
+            k_pe=k_pe,
             compressed_query=compressed_query,
+            rope=None if rotate_keys else rope,
         )
 
     def absorb_query(self, projection: LatentProjection) -> torch.Tensor:

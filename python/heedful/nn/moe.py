@@ -4,6 +4,7 @@ Experts are chosen by sigmoid score plus a learned bias, within the best groups;
 DeepSeek-V3 report, section 2.1.2.
 """
 
+import importlib.util
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,10 @@ from torch.nn import functional as F
 
 from heedful.nn.mlp import MLP
 
-FEW_TOKENS = 256
-"""Up to this many tokens, running every expert is better on a GPU than waiting for it to tell which are hit."""
+TOKENS_AT_A_TIME = 1024
+"""Whose experts' results are summed together."""
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class Routing(NamedTuple):
@@ -96,15 +99,11 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """x [N, D] -> the weighed sum of each token's experts [N, D], summed in float32."""
-        if x.device.type == "cpu" or torch.is_grad_enabled():
+        if x.device.type != "cuda" or torch.is_grad_enabled():
             return self._by_expert(x, routing)
         if self._can_group(x):
             return self._grouped(x, routing)
-        if len(x) > FEW_TOKENS:
-            return self._by_expert(x, routing)
-        # What is gathered is read, written and read again.
-        few = 3 * routing.experts.numel() < len(self.gate_up_proj)
-        return self._gathered(x, routing) if few else self._every_expert(x, routing)
+        return self._by_kernel(x, routing) if HAS_TRITON else self._by_expert(x, routing)
 
     def _can_group(self, x: torch.Tensor) -> bool:
         """Whether one kernel multiplies all experts' groups: bfloat16 rows of whole 16 bytes, on Hopper and Blackwell.
@@ -130,23 +129,16 @@ class Experts(nn.Module):
         placed[order] = y
         return _weighed(placed, routing).to(x.dtype)
 
-    def _gathered(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Each token's experts copied side by side, for few tokens; it does not wait for the device either."""
-        chosen = routing.experts.flatten()
-        rows = x.repeat_interleave(routing.experts.shape[-1], 0)[..., None]
-        gate, up = (self.gate_up_proj[chosen] @ rows).chunk(2, dim=1)
-        return _weighed(self.down_proj[chosen] @ (F.silu(gate) * up), routing).to(x.dtype)
+    def _by_kernel(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """All experts in two launches of a Triton kernel, on any GPU. It does not wait for the device either."""
+        from heedful.kernels.experts import experts
 
-    def _every_expert(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Every expert over every token, most with a weight of zero. It does not wait for the device either."""
-        weights = torch.zeros(len(x), len(self.gate_up_proj), dtype=torch.float32, device=x.device)
-        weights.scatter_(1, routing.experts, routing.weights)
-        gate, up = (x @ self.gate_up_proj.transpose(-2, -1)).chunk(2, dim=-1)  # [E, N, I]
-        y = (F.silu(gate) * up) @ self.down_proj.transpose(-2, -1)
-        return torch.einsum("end,ne->nd", y.float(), weights).to(x.dtype)
+        return _weighed(experts(x, routing.experts, self.gate_up_proj, self.down_proj), routing).to(x.dtype)
 
     def _by_expert(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Tokens grouped by expert: each expert that is hit runs two matrix products and the others cost nothing."""
+        """Tokens grouped by expert: each expert that is hit runs two matrix products and the others cost nothing.
+
+        Differentiable. On a GPU it waits for the counts."""
         top_k = routing.experts.shape[-1]
         order = routing.experts.flatten().argsort(stable=True)
         counts = routing.experts.flatten().bincount(minlength=self.gate_up_proj.shape[0]).tolist()
@@ -165,8 +157,11 @@ class Experts(nn.Module):
 
 
 def _weighed(y: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Experts' results [N * top_k, D, ...] -> the weighed sum of each token's [N, D] float32."""
-    return (y.float().view(*routing.experts.shape, -1) * routing.weights[..., None]).sum(1)
+    """Experts' results [N * top_k, D] -> the weighed sum of each token's [N, D] float32, some tokens at a time: a long
+    prompt's results in float32 would take as much memory as the rest of the layer."""
+    y = y.view(*routing.experts.shape, -1)
+    parts = zip(y.split(TOKENS_AT_A_TIME), routing.weights.split(TOKENS_AT_A_TIME), strict=True)
+    return torch.cat([(part * weights[..., None]).sum(1) for part, weights in parts])
 
 
 class MoE(nn.Module):
