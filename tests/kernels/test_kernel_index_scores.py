@@ -197,3 +197,108 @@ def test_the_torch_references_are_those_of_numpy() -> None:
     got = kernels.index_scores_reference(q, k, weights, ends=torch.arange(66, 71), k_scale=scale)
     want = reference.index_scores(q.numpy(), k.numpy(), weights.numpy(), None, scale.numpy())
     np.testing.assert_array_equal(got.numpy(), want)
+
+
+# -- numbers that nobody has looked at ---------------------------------------------------------------------------------
+
+
+def test_a_range_beyond_32_bits_is_cut_before_it_is_narrowed(device: torch.device) -> None:
+    rng = np.random.default_rng(9)
+    arguments = {"q": whole(rng, 4, 3, 8), "k": whole(rng, 90, 8), "weights": whole(rng, 4, 3)}
+    starts = torch.tensor([-(2**40), 2**32, 5, 0])
+    ends = torch.tensor([2**32 + 7, 2**33, 2**63 - 1, -(2**32) + 9])
+    got = float64(kernels.index_scores(**on(device, arguments | {"starts": starts, "ends": ends})))
+    want = float64(kernels.index_scores_reference(**arguments, starts=starts.clamp(0, 90), ends=ends.clamp(0, 90)))
+    np.testing.assert_array_equal(got, want)
+    assert np.isfinite(got).sum(1).tolist() == [90, 0, 85, 0]
+
+
+def paged_batch(rng: np.random.Generator, num_blocks: int = 6, kind: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Two sequences of 3 and 2 queries over two pages each."""
+    cache = whole(rng, num_blocks, 64, 32).to(kind)
+    return {
+        "q": whole(rng, 5, 4, 32),
+        "weights": whole(rng, 5, 4),
+        "cache": cache,
+        "block_tables": torch.tensor([[3, 1], [2, 5]], dtype=torch.int32),
+        "seq_lens": torch.tensor([100, 128], dtype=torch.int32),
+        "query_start_loc": torch.tensor([0, 3, 5], dtype=torch.int32),
+        "max_seq_len": 200,
+    }
+
+
+@pytest.mark.parametrize("bad", [-1, -(2**31), 6, 2**31 - 1])
+@pytest.mark.parametrize("coded", [False, True])
+def test_keys_of_a_block_that_is_none_of_the_caches_are_unseen(device: torch.device, bad: int, coded: bool) -> None:
+    rng = np.random.default_rng(10)
+    arguments = paged_batch(rng)
+    if coded:
+        codes = arguments["cache"].to(torch.int8).view(torch.uint8).flatten(1)
+        scales = whole(rng, 6, 64).view(torch.uint8).flatten(1)
+        arguments["cache"] = torch.cat([codes, scales], 1).view(torch.int8)
+    want = float64(kernels.index_scores_paged_reference(**arguments))
+    want[:3, 64:128] = -np.inf  # of the first sequence's second block
+    arguments["block_tables"][0, 1] = bad
+    np.testing.assert_array_equal(float64(kernels.index_scores_paged(**on(device, arguments))), want)
+
+
+def test_a_sequence_has_no_more_keys_than_its_table_and_no_fewer_than_none(device: torch.device) -> None:
+    arguments = paged_batch(np.random.default_rng(11))
+    want = float64(
+        kernels.index_scores_paged_reference(
+            **arguments | {"seq_lens": torch.tensor([0, 128]), "query_start_loc": torch.tensor([0, 3, 5])}
+        )
+    )
+    for long in (129, 2**31 - 1):
+        arguments["seq_lens"] = torch.tensor([-5, long], dtype=torch.int32)
+        np.testing.assert_array_equal(float64(kernels.index_scores_paged(**on(device, arguments))), want)
+
+
+@pytest.mark.parametrize(
+    "starts", [(0, 3, 2**31 - 1), (0, 3, -(2**31)), (-7, 3, 5), (4, 3, 5), (0, 2**31 - 1, 5), (9, 9, 9), (-3, -2, -1)]
+)
+def test_starts_of_queries_name_no_row_that_is_not_there(device: torch.device, starts: tuple[int, ...]) -> None:
+    # In the interpreter a wild address ends the process; rows around the result show what is written beside it.
+    arguments = paged_batch(np.random.default_rng(12))
+    arguments["query_start_loc"] = torch.tensor(starts, dtype=torch.int32)
+    given_ = on(device, arguments)
+    room = torch.full((5 + 64, 200), 7.0, device=device)
+    kernels.plan(Scoring.paged(**given_), room[32:37], Target.of(device)).run()
+    assert (room[:32] == 7).all()
+    assert (room[37:] == 7).all()
+
+
+def test_an_empty_cache_and_an_empty_table_hold_no_keys(device: torch.device) -> None:
+    arguments = paged_batch(np.random.default_rng(13), num_blocks=0)
+    assert (kernels.index_scores_paged(**on(device, arguments)) == -torch.inf).all()
+    arguments = paged_batch(np.random.default_rng(13)) | {"block_tables": torch.empty((2, 0), dtype=torch.int32)}
+    assert (kernels.index_scores_paged(**on(device, arguments)) == -torch.inf).all()
+
+
+def test_what_no_kernel_can_count_is_named() -> None:
+    long = torch.empty((2**31, 8), device="meta")
+    q, weights = torch.empty((2, 3, 8), device="meta"), torch.empty((2, 3), device="meta")
+    with pytest.raises(ValueError, match="k: expected at most 2147418112 keys, got 2147483648"):
+        Scoring.contiguous(q, long, weights, None, None, None)
+    arguments = on(torch.device("meta"), paged_batch(np.random.default_rng(14)))
+    with pytest.raises(ValueError, match="max_seq_len: expected at most 2147418112 keys, got 2147483648"):
+        Scoring.paged(**arguments | {"max_seq_len": 2**31})
+    nobody = {"seq_lens": torch.empty(0, device="meta"), "query_start_loc": torch.empty(1, device="meta")}
+    with pytest.raises(ValueError, match="seq_lens: expected sequences that the 5 queries belong to, got none"):
+        Scoring.paged(**arguments | nobody)
+
+
+def test_grids_stay_within_what_a_launch_may_have() -> None:
+    q, weights = torch.empty((1, 1, 8), device="meta"), torch.empty((1, 1), device="meta")
+    for S in (2**31 - 2**16, 70_000_000):
+        scoring = Scoring.contiguous(q, torch.empty((S, 8), device="meta"), weights, None, None, None)
+        launch = kernels.plan(scoring, torch.empty((1, S), device="meta"), Target.cuda(90))
+        assert launch.grid[1] <= 65535
+        assert launch.grid[1] * launch.arguments["chunk"] >= S
+
+
+def test_rows_far_apart_are_put_together() -> None:
+    # Offsets within a tile of keys are of 32 bits.
+    k = torch.empty_strided((100, 8), (2**30, 1), device="meta")
+    q, weights = torch.empty((2, 3, 8), device="meta"), torch.empty((2, 3), device="meta")
+    assert Scoring.contiguous(q, k, weights, None, None, None).arguments["KEY_STRIDE"] == 8

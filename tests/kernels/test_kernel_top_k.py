@@ -138,3 +138,41 @@ def test_the_torch_reference_is_that_of_numpy(scores: np.ndarray, k: int, data: 
         got = kernels.top_k_reference(torch.from_numpy(scores), k, lengths=limits, sorted=sorted_)
         assert got.dtype == torch.int32
         np.testing.assert_array_equal(got.numpy(), reference.top_k(scores, k, lengths, sorted_))
+
+
+def test_lengths_beyond_the_row_are_those_of_the_row_and_negative_ones_none(device: torch.device) -> None:
+    scores = rows("random", 300)[None].repeat(5, 0)
+    lengths = [2**40, -(2**32) + 9, -1, 301, 2**31]
+    got = select(device, scores, 20, lengths, sizes=small(20, 64), parts=3)
+    np.testing.assert_array_equal(got, reference.top_k(scores, 20, [300, 0, 0, 300, 300]))
+
+
+def test_rows_that_no_kernel_can_count_are_named() -> None:
+    scores, out = torch.empty((1, 2**31), device="meta"), torch.empty((1, 5), dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match="scores: expected at most 2147418112 keys, got 2147483648"):
+        kernels.plan(scores, 5, None, True, out, Target.cuda(90))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("S", [2048, 2049, 4096, 5000])
+def test_rows_that_end_with_a_block_or_beside_it_are_cut_to_k(device: torch.device, order: str, S: int) -> None:
+    scores = rows(order, S)[None]
+    for k in (S - 1, S, S + 1):
+        if k <= 2048:
+            got = select(device, scores, k, sorted=False, parts=1)
+            np.testing.assert_array_equal(got, reference.top_k(scores, k, None, False))
+    got = select(device, scores, 1500, sorted=False, parts=1)
+    np.testing.assert_array_equal(got, reference.top_k(scores, 1500, None, False))
+
+
+def test_what_lies_in_the_room_for_candidates_does_not_matter(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = rows("random", 700)[None]
+    want = reference.top_k(scores, 40, None, False)
+    empty = torch.empty
+    for filler in (np.nan, np.inf, 1e30):
+        monkeypatch.setattr(torch, "empty", lambda *a, filler=filler, **kw: empty(*a, **kw).fill_(filler)
+                            if kw.get("dtype", torch.float32) == torch.float32 else empty(*a, **kw))  # fmt: skip
+        got = select(device, scores, 40, sorted=False, sizes=small(40, 64), parts=1)
+        np.testing.assert_array_equal(got, want)

@@ -27,15 +27,27 @@ from heedful.kernels.scoring import (
 )
 from heedful.kernels.target import Target
 
+MOST_CHUNKS = 65535
+"""Of the keys: a grid's second dimension."""
+
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def as_operand(x, DOT: tl.constexpr):
-    """Numbers, or e4m3fn codes as bytes, in the type that is multiplied."""
+def as_operand(x, DOT: tl.constexpr, ONCE: tl.constexpr):
+    """Numbers, or e4m3fn codes as bytes, in the type that is multiplied.
+
+    The compiler would convert to 16 bits where the matrix unit takes its operands: queries again for each tile, and
+    keys in each of the warps that hold the same ones. With ONCE, it moves nothing across an instruction that does
+    nothing (CUDA's, hence the condition).
+    """
     if x.dtype == tl.uint8:
-        x = e4m3_to_float16(x)
-    return x.to(DOT)
+        numbers = e4m3_to_float16(x).to(DOT)
+    else:
+        numbers = x.to(DOT)
+    if ONCE and x.dtype != DOT:
+        numbers = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], numbers.dtype, is_pure=False, pack=2)
+    return numbers
 
 
 @triton.jit
@@ -52,31 +64,37 @@ def sequence_of(tile, query_start_loc, num_seqs, BT: tl.constexpr):
             low = middle + 1
         else:
             high = middle
-    b = low - 1
+    b = tl.maximum(low - 1, 0)  # not before the first, whatever the numbers are
     return b, tile - (tl.load(query_start_loc + b) // BT + b)
 
 
 @triton.jit
 def tile_of_queries(
-    tile, T, S, starts, ends, query_start_loc, seq_lens, num_seqs, BT: tl.constexpr, PAGED: tl.constexpr
-):
-    """First row of a tile, how many rows it has, the visible keys [start, end) of each [BT], and the sequence."""
+    tile, T, S, starts, ends, query_start_loc, seq_lens, table_width, num_seqs, BT: tl.constexpr, PAGED: tl.constexpr
+):  # fmt: skip
+    """First row of a tile, how many rows it has, the visible keys [start, end) of each [BT], and the sequence.
+
+    Nobody has looked at the numbers: rows are some of the T that are there, a sequence has no more keys than its table
+    has entries for, and a range is cut to 0, ..., S before it is narrowed to 32 bits.
+    """
     places = tl.arange(0, BT)
     if PAGED:
         b, place = sequence_of(tile, query_start_loc, num_seqs, BT)
-        first = tl.load(query_start_loc + b)
-        rest = tl.load(query_start_loc + b + 1) - first - place * BT
-        first += place * BT
+        first = tl.load(query_start_loc + b) + place * BT
+        rest = tl.maximum(tl.minimum(tl.load(query_start_loc + b + 1), T), 0) - first
+        rest = tl.where(first < 0, 0, rest)
         start = tl.zeros([BT], tl.int32)
-        end = tl.load(seq_lens + b) - rest + 1 + places
+        end = tl.maximum(tl.minimum(tl.load(seq_lens + b), table_width * 64), 0) - rest + 1 + places
     else:
         b = 0
         first, rest = tile * BT, T - tile * BT
         start, end = tl.zeros([BT], tl.int32), tl.zeros([BT], tl.int32) + S
         if starts is not None:
-            start = tl.maximum(tl.load(starts + first + places, mask=places < rest, other=0).to(tl.int32), 0)
+            found = tl.load(starts + first + places, mask=places < rest, other=0)
+            start = tl.maximum(tl.minimum(found, S), 0).to(tl.int32)
         if ends is not None:
-            end = tl.load(ends + first + places, mask=places < rest, other=0).to(tl.int32)
+            found = tl.load(ends + first + places, mask=places < rest, other=0)
+            end = tl.maximum(tl.minimum(found, S), 0).to(tl.int32)
     end = tl.where(places < rest, tl.maximum(tl.minimum(end, S), start), start)
     return first, tl.minimum(rest, BT), start, end, b
 
@@ -93,13 +111,15 @@ def visible_tiles(start, end, from_, to, S, BS: tl.constexpr):
 def load_queries(
     q, first, count, stride_t, stride_h,
     HEADS: tl.constexpr, DIM: tl.constexpr, BT: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr,
+    ONCE: tl.constexpr,
 ):  # fmt: skip
     """The heads of a tile of queries as columns, [DP, BT * HP]; zeros beyond them."""
     places, dims = tl.arange(0, BT * HP), tl.arange(0, DP)
     row, head = first.to(tl.int64) + places // HP, places % HP
     there = (places // HP < count) & (head < HEADS)
     at = row[:, None] * stride_t + head.to(tl.int64)[:, None] * stride_h + dims[None, :]
-    return tl.trans(as_operand(tl.load(q + at, mask=there[:, None] & (dims < DIM)[None, :], other=0.0), DOT))
+    x = tl.load(q + at, mask=there[:, None] & (dims < DIM)[None, :], other=0.0)
+    return tl.trans(as_operand(x, DOT, ONCE))
 
 
 @triton.jit
@@ -112,29 +132,36 @@ def load_weights(weights, first, count, stride, HEADS: tl.constexpr, BT: tl.cons
 
 @triton.jit
 def score_tiles(
-    low, high, out, out_stride, columns, w, start, end, count, S, keys, key_stride, scales, table, page_stride,
-    scale_stride, HEADS: tl.constexpr, DIM: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, HP: tl.constexpr,
-    DP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PAGED: tl.constexpr, STAGES: tl.constexpr,
+    low, high, out, out_stride, columns, w, start, end, count, S, keys, scales, table, num_blocks, page_stride,
+    scale_stride, KEY_STRIDE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
+    HP: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PAGED: tl.constexpr,
+    ONCE: tl.constexpr, STAGES: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Writes the scores of keys low, ..., high - 1 (`low` a multiple of BS) to out[row, key], -inf where not visible.
 
-    Keys from `high` to the end of the last tile are written too if they are below S.
+    Keys from `high` to the end of the last tile are written too. BOUNDED: `out` ends with its `count` rows and S keys.
+    Keys of a page that is none of the cache's are not visible, and not read.
     """
     dims, offsets, places = tl.arange(0, DP), tl.arange(0, BS), tl.arange(0, BT)
     real = tl.arange(0, BT * HP) % HP < HEADS
+    rows = out + places.to(tl.int64) * out_stride
+    at = offsets[:, None] * KEY_STRIDE + dims[None, :]  # constants apart, so a thread computes one address of a tile
     for first in tl.range(low, high, BS, num_stages=STAGES):
         s = first + offsets
         if PAGED:  # rows of a page beyond the sequence exist; what they hold is not seen
-            page = tl.load(table + first // 64).to(tl.int64)
-            within = first % 64 + offsets
-            at = page * page_stride + within[:, None] * key_stride + dims[None, :]
+            page = tl.load(table + first // 64)
+            there = page.to(tl.uint32) < num_blocks
+            at_key = tl.where(there, first, -BS) + offsets
+            page = tl.where(there, page, 0).to(tl.int64)
+            tile_keys = keys + (page * page_stride + first % 64 * KEY_STRIDE)
             mask = tl.full([BS, 1], 1, tl.int1)
         else:
-            at = s.to(tl.int64)[:, None] * key_stride + dims[None, :]
+            at_key = s
+            tile_keys = keys + tl.cast(first, tl.int64) * KEY_STRIDE
             mask = (s < S)[:, None]
         if DP != DIM:
             mask = mask & (dims < DIM)[None, :]
-        tile = as_operand(tl.load(keys + at, mask=mask, other=0.0), DOT)  # [BS, DP]
+        tile = as_operand(tl.load(tile_keys + at, mask=mask, other=0.0), DOT, ONCE)  # [BS, DP]
         if DOT == tl.int8:
             z = tl.dot(tile, columns, out_dtype=tl.int32).to(tl.float32)
         else:
@@ -145,14 +172,16 @@ def score_tiles(
         score = tl.sum(tl.reshape(z, [BS, BT, HP]), axis=2)  # [BS, BT]
         if scales is not None:
             if PAGED:
-                scale = tl.load(scales + page * scale_stride + within)
+                scale = tl.load(scales + (page * scale_stride + first % 64) + offsets)
             else:
                 scale = tl.load(scales + s, mask=s < S, other=0.0)
             score *= scale[:, None]
-        seen = (s[:, None] >= start[None, :]) & (s[:, None] < end[None, :])
-        written = (places < count)[None, :] & (s < S)[:, None]
-        to = places.to(tl.int64)[None, :] * out_stride + s[:, None]
-        tl.store(out + to, tl.where(seen, score, float("-inf")), mask=written)
+        seen = (at_key[:, None] >= start[None, :]) & (at_key[:, None] < end[None, :])
+        score = tl.where(seen, score, float("-inf"))
+        if BOUNDED:
+            tl.store(rows[None, :] + s[:, None], score, mask=(places < count)[None, :] & (s < S)[:, None])
+        else:
+            tl.store(rows[None, :] + s[:, None], score)
 
 
 @triton.jit
@@ -168,14 +197,15 @@ def _fill(low, high, out, out_stride, count, S, BT: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit
 def _index_scores_kernel(
-    q, weights, keys, scales, out, starts, ends, tables, seq_lens, query_start_loc, T, S, num_seqs, stride_t, stride_h,
-    weight_stride, key_stride, page_stride, scale_stride, table_stride, out_stride, chunk, HEADS: tl.constexpr,
-    DIM: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, PAGED: tl.constexpr, STAGES: tl.constexpr,
+    q, weights, keys, scales, out, starts, ends, tables, seq_lens, query_start_loc, T, S, num_seqs, num_blocks,
+    stride_t, stride_h, weight_stride, page_stride, scale_stride, table_stride, table_width, out_stride, chunk,
+    KEY_STRIDE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
+    HP: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PAGED: tl.constexpr,
+    ONCE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile of queries over a chunk of the keys."""
     first, count, start, end, b = tile_of_queries(
-        tl.program_id(0), T, S, starts, ends, query_start_loc, seq_lens, num_seqs, BT, PAGED
+        tl.program_id(0), T, S, starts, ends, query_start_loc, seq_lens, table_width, num_seqs, BT, PAGED
     )
     if count > 0:
         from_, to = tl.program_id(1) * chunk, tl.minimum(tl.program_id(1) * chunk + chunk, S)
@@ -183,12 +213,12 @@ def _index_scores_kernel(
         out += first.to(tl.int64) * out_stride
         _fill(from_, low, out, out_stride, count, S, BT, 256)
         if low < high:
-            columns = load_queries(q, first, count, stride_t, stride_h, HEADS, DIM, BT, HP, DP, DOT)
+            columns = load_queries(q, first, count, stride_t, stride_h, HEADS, DIM, BT, HP, DP, DOT, ONCE)
             w = load_weights(weights, first, count, weight_stride, HEADS, BT, HP)
             score_tiles(
-                low, high, out, out_stride, columns, w, start, end, count, S, keys, key_stride, scales,
-                tables + b.to(tl.int64) * table_stride if PAGED else None, page_stride, scale_stride,
-                HEADS, DIM, BT, BS, HP, DP, DOT, PRECISION, PAGED, STAGES,
+                low, high, out, out_stride, columns, w, start, end, count, S, keys, scales,
+                tables + b.to(tl.int64) * table_stride if PAGED else None, num_blocks, page_stride, scale_stride,
+                KEY_STRIDE, HEADS, DIM, BT, BS, HP, DP, DOT, PRECISION, PAGED, ONCE, STAGES, True,
             )  # fmt: skip
         _fill(high, to, out, out_stride, count, S, BT, 256)
 
@@ -273,6 +303,7 @@ def plan(scoring: Scoring, out: torch.Tensor, target: Target, tiles: Tiles | Non
     wanted = -(-8 * target.num_sms // max(1, num_tiles))
     # No program needs more keys than make its queries a thirtieth of what it reads.
     chunk = min(max(-(-scoring.S // wanted), 512), max(32 * tiles.BT * tiles.HP, 512))
+    chunk = max(chunk, -(-scoring.S // MOST_CHUNKS))
     chunk = -(-chunk // 256) * 256
     arguments = scoring_arguments(scoring, dot, tiles, target)
     arguments |= {"out": out, "out_stride": out.stride(0), "chunk": chunk}

@@ -3,8 +3,9 @@
 A program scores a chunk of keys for a tile of queries (`score_tiles`), writes the scores to a small place of its own,
 which stays in the nearest caches, and takes them in, query by query, against each query's rising threshold (`consume`).
 So the matrix unit sees the tight loop of `index_scores`, selection sees whole blocks of a row as in `top_k`, and the
-result is theirs. Memory besides the result: programs * BT * (BLOCK + 2 CAP) words. Few queries over many keys share
-the keys out, and merge.
+result is theirs. Memory besides the result: programs * BT * (BLOCK + 2 CAP + 4) words. Few queries over many keys share
+the keys out, and merge. What outlives a block of keys (candidates, how many, the threshold) lies in memory, because the
+product leaves few registers.
 """
 
 from __future__ import annotations
@@ -41,52 +42,57 @@ step, say, whose few rows would keep few programs of the fused kernel busy."""
 
 @triton.jit
 def _index_top_k_kernel(
-    q, weights, keys, scales, starts, ends, tables, seq_lens, query_start_loc, T, S, num_seqs, stride_t, stride_h,
-    weight_stride, key_stride, page_stride, scale_stride, table_stride, out, out_values, values, places, scores,
-    num_tiles, k, parts, part, out_stride, HEADS: tl.constexpr, DIM: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
-    HP: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PAGED: tl.constexpr,
-    STAGES: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
+    q, weights, keys, scales, starts, ends, tables, seq_lens, query_start_loc, T, S, num_seqs, num_blocks, stride_t,
+    stride_h, weight_stride, page_stride, scale_stride, table_stride, table_width, out, out_values, scratch, num_tiles,
+    k, parts, part, out_stride, KEY_STRIDE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BT: tl.constexpr,
+    BS: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    PAGED: tl.constexpr, ONCE: tl.constexpr, STAGES: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of queries in turn, each over `parts` parts of the keys."""
-    program = tl.program_id(0).to(tl.int64)
-    values += program * BT * CAP
-    places += program * BT * CAP
-    scores += program * BT * BLOCK
-    rows = tl.arange(0, BT)
+    """Tiles of queries in turn, each over `parts` parts of the keys.
+
+    One place holds all that a program keeps, so that one address serves: of each query its candidates, a block of
+    scores, and four words (how many candidates, the threshold, two to keep the rest aligned).
+    """
+    pools = scratch + tl.program_id(0).to(tl.int64) * (BT * (2 * CAP + BLOCK + 4))
+    scores = pools + BT * 2 * CAP
+    states = scores + BT * BLOCK
     for unit in range(tl.program_id(0), num_tiles * parts, tl.num_programs(0)):
         tile = num_tiles - 1 - unit // parts  # causal queries that see most come first
         first, count, start, end, b = tile_of_queries(
-            tile, T, S, starts, ends, query_start_loc, seq_lens, num_seqs, BT, PAGED
+            tile, T, S, starts, ends, query_start_loc, seq_lens, table_width, num_seqs, BT, PAGED
         )
         if count > 0:
             from_ = unit % parts * part
             low, high = visible_tiles(start, end, from_, tl.minimum(from_ + part, S), S, BS)
-            columns = load_queries(q, first, count, stride_t, stride_h, HEADS, DIM, BT, HP, DP, DOT)
-            fills, thresholds = tl.zeros([BT], tl.int32), tl.full([BT], float("-inf"), tl.float32)
-            for begin in range(low, high, BLOCK):
+            columns = load_queries(q, first, count, stride_t, stride_h, HEADS, DIM, BT, HP, DP, DOT, ONCE)
+            for t in range(0, count):
+                tl.store(states + t * 4, 0.0)
+                tl.store(states + t * 4 + 1, float("-inf"))
+            for begin in range(low, high + BLOCK, BLOCK):  # once more behind the last keys
                 stop = tl.minimum(begin + BLOCK, high)
                 w = load_weights(weights, first, count, weight_stride, HEADS, BT, HP)  # not kept while selecting
                 score_tiles(
-                    begin, stop, scores - begin, BLOCK, columns, w, start, end, count, S, keys, key_stride, scales,
-                    tables + b.to(tl.int64) * table_stride if PAGED else None, page_stride, scale_stride,
-                    HEADS, DIM, BT, BS, HP, DP, DOT, PRECISION, PAGED, STAGES,
+                    begin, stop, scores - begin, BLOCK, columns, w, start, end, count, S, keys, scales,
+                    tables + b.to(tl.int64) * table_stride if PAGED else None, num_blocks, page_stride, scale_stride,
+                    KEY_STRIDE, HEADS, DIM, BT, BS, HP, DP, DOT, PRECISION, PAGED, ONCE, STAGES, False,
                 )  # fmt: skip
                 tl.debug_barrier()  # scores were written by other threads
                 for t in range(0, count):
-                    fill = tl.sum(tl.where(rows == t, fills, 0), axis=0)
-                    threshold = tl.max(tl.where(rows == t, thresholds, float("-inf")), axis=0)
-                    x, s = load_block(scores + t * BLOCK - begin, None, begin, tl.minimum(stop, S), BLOCK)
-                    fill, threshold = consume(x, s, values + t * CAP, places + t * CAP, fill, threshold, k, CAP, BLOCK)
-                    fills = tl.where(rows == t, fill, fills)
-                    thresholds = tl.where(rows == t, threshold, thresholds)
+                    fill = tl.load(states + t * 4).to(tl.int32, bitcast=True)
+                    threshold = tl.load(states + t * 4 + 1)
+                    x, s = load_block(scores + t * BLOCK, None, 0, stop - begin, BLOCK)
+                    fill, threshold = consume(
+                        x, begin + s, pools + t * (2 * CAP), fill, threshold, k, begin >= high, CAP, BLOCK
+                    )
+                    tl.debug_barrier()  # all have read before one writes
+                    tl.store(states + t * 4, fill.to(tl.float32, bitcast=True))
+                    tl.store(states + t * 4 + 1, threshold)
                 tl.debug_barrier()  # before they are written over
             for t in range(0, count):
-                fill = tl.sum(tl.where(rows == t, fills, 0), axis=0)
+                fill = tl.load(states + t * 4).to(tl.int32, bitcast=True)
                 to = (first + t).to(tl.int64) * out_stride + unit % parts * k
-                emit(
-                    values + t * CAP, places + t * CAP, fill, k, out + to,
-                    None if out_values is None else out_values + to, CAP, BLOCK,
-                )  # fmt: skip
+                to_values = None if out_values is None else out_values + to
+                emit(pools + t * (2 * CAP), fill, k, out + to, to_values, CAP, BLOCK)
 
 
 # -- launchers ---------------------------------------------------------------------------------------------------------
@@ -160,8 +166,10 @@ def fused_sizes(scoring: Scoring, k: int, dot: torch.dtype, target: Target) -> S
     """The sizes that are taken unless a table of measurements says otherwise: those of both halves. On Hopper the tile
     has half the queries, so that its product and what selection needs fit in the registers of two blocks."""
     tiles, selection = tiles_for(scoring, dot, target), sizes_for(k)
-    if target.hopper and tiles.BT > 2:
+    if target.hopper and tiles.BT > 1 and tiles.BT * tiles.HP > 128:
         tiles = replace(tiles, BT=tiles.BT // 2)
+    if target.backend == "cuda" and tiles.max_registers is None:
+        tiles = replace(tiles, max_registers=255)  # else the assembler may take 128 and spill
     return Sizes(tiles, selection.BLOCK, selection.CAP)
 
 
@@ -206,10 +214,9 @@ def plan(
     parts = max(1, -(-scoring.S // part))
     values, positions = candidates(scoring.T, parts * k, out.device) if parts > 1 or sorted else (None, out)
     programs = min(num_tiles * parts, slots)
-    buffers = candidates(programs, sizes.tiles.BT * sizes.CAP, out.device)
     arguments = scoring_arguments(scoring, dot, sizes.tiles, target)
-    arguments |= {"out": positions, "out_values": values, "values": buffers[0], "places": buffers[1]}
-    arguments["scores"] = torch.empty((programs, sizes.tiles.BT, sizes.BLOCK), device=out.device)
+    arguments |= {"out": positions, "out_values": values}
+    arguments["scratch"] = torch.empty((programs, sizes.tiles.BT, 2 * sizes.CAP + sizes.BLOCK + 4), device=out.device)
     arguments |= {"num_tiles": num_tiles, "k": k, "parts": parts, "part": part, "out_stride": positions.stride(0)}
     arguments |= {"CAP": sizes.CAP, "BLOCK": sizes.BLOCK}
     tiles = sizes.tiles
@@ -225,17 +232,12 @@ def plan(
 
 
 def compilations(target: Target) -> list[Compilation]:
-    """2048 of 131072 for 4096 queries, contiguous and in pages.
-
-    The main one is FP8 over contiguous keys. The others keep one number of each thread on the stack, which they store
-    once in a program and read once in a tile.
-    """
+    """2048 of 131072 for 4096 queries, contiguous and in pages."""
     found = []
     for dtype in (torch.float8_e4m3fn, torch.bfloat16):
         name, out = str(dtype)[6:], torch.empty((4096, 2048), dtype=torch.int32, device="meta")
         launch = plan(example(4096, 131072, 64, dtype, dtype), 2048, False, out, target)[0]
-        main = dtype == torch.float8_e4m3fn
-        found.append(Compilation(f"prefill, {name}, 64 heads", launch, main, wgmma=True))
+        found.append(Compilation(f"prefill, {name}, 64 heads", launch, main=True, wgmma=True))
         launch = plan(example_paged(4, 1024, 64, dtype, dtype), 2048, False, out, target)[0]
-        found.append(Compilation(f"prefill over pages, {name}, 64 heads", launch, wgmma=True))
+        found.append(Compilation(f"prefill over pages, {name}, 64 heads", launch, main=True, wgmma=True))
     return found

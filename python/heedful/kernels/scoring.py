@@ -18,6 +18,9 @@ from heedful.kernels.target import Target
 
 PAGE = 64  # tokens of a page
 
+MAX_KEYS = 2**31 - 2**16
+"""Of a row: what is counted up to a block or two behind the last key still fits in 32 bits."""
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -43,12 +46,15 @@ class Scoring:
     ) -> Scoring:
         """Over keys [S, Di]."""
         (T, heads, dim), S = q.shape, k.shape[0]
+        check_keys("k", S)
         k = _rows(k)
+        k = k if PAGE * k.stride(0) < 2**31 else k.contiguous()  # offsets within a tile are of 32 bits
         scale = None if k_scale is None else k_scale.contiguous()
         starts, ends = (None if x is None else x.contiguous() for x in (starts, ends))
         arguments = _query_arguments(q, weights) | {"keys": k, "scales": scale, "starts": starts, "ends": ends}
-        arguments |= {"tables": None, "seq_lens": None, "query_start_loc": None, "num_seqs": 0, "table_stride": 0}
-        arguments |= {"T": T, "S": S, "key_stride": k.stride(0), "page_stride": 0, "scale_stride": 0}
+        arguments |= {"tables": None, "seq_lens": None, "query_start_loc": None, "num_seqs": 0, "num_blocks": 0}
+        arguments |= {"table_stride": 0, "table_width": 0}
+        arguments |= {"T": T, "S": S, "KEY_STRIDE": k.stride(0), "page_stride": 0, "scale_stride": 0}
         return Scoring(arguments, q.dtype, k.dtype, heads, dim, T, S, None)
 
     @staticmethod
@@ -64,12 +70,16 @@ class Scoring:
         """Over the pages of an index-key cache."""
         T, heads, dim = q.shape
         num_seqs = seq_lens.shape[0]
+        check_keys("max_seq_len", max_seq_len)
+        if T and not num_seqs:
+            raise ValueError(f"seq_lens: expected sequences that the {T} queries belong to, got none")
         keys, scales = index_pages(cache, dim)
         block_tables = _rows(block_tables)
         arguments = _query_arguments(q, weights) | {"keys": keys, "scales": scales, "starts": None, "ends": None}
         arguments |= {"tables": block_tables, "seq_lens": seq_lens.contiguous()}
         arguments |= {"query_start_loc": query_start_loc.contiguous(), "num_seqs": num_seqs}
-        arguments |= {"T": T, "S": max_seq_len, "table_stride": block_tables.stride(0), "key_stride": keys.stride(1)}
+        arguments |= {"T": T, "S": max_seq_len, "num_blocks": len(keys), "KEY_STRIDE": keys.stride(1)}
+        arguments |= {"table_stride": block_tables.stride(0), "table_width": block_tables.shape[1] if len(keys) else 0}
         arguments |= {"page_stride": keys.stride(0), "scale_stride": 0 if scales is None else scales.stride(0)}
         return Scoring(arguments, q.dtype, keys.dtype, heads, dim, T, max_seq_len, num_seqs)
 
@@ -89,6 +99,12 @@ class Scoring:
     def tiles(self, BT: int) -> int:
         """Programs that cover the queries, BT each."""
         return -(-self.T // BT) if self.num_seqs is None else self.T // BT + self.num_seqs
+
+
+def check_keys(name: str, count: int) -> None:
+    """ValueError if a row has more keys than kernels can count."""
+    if count > MAX_KEYS:
+        raise ValueError(f"{name}: expected at most {MAX_KEYS} keys, got {count}")
 
 
 def index_pages(cache: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -179,7 +195,8 @@ def tiles_for(scoring: Scoring, dot: torch.dtype, target: Target) -> Tiles:
         stages = 2 * stages - 1
     wide = BT * HP >= 128
     converted = dot not in (scoring.q_dtype, scoring.k_dtype) or scoring.q_dtype != scoring.k_dtype
-    limit = 128 if wide and target.hopper and not converted and dot != torch.float32 else None
+    plain = wide and BT <= 8 and not converted and dot != torch.float32  # many queries of few heads need more
+    limit = 128 if plain and target.hopper else None
     return Tiles(BT, BS, HP, DP, 8 if wide else 4, stages, limit)
 
 
@@ -201,7 +218,8 @@ def scoring_arguments(scoring: Scoring, dot: torch.dtype, tiles: Tiles, target: 
     arguments |= {"DP": tiles.DP, "DOT": _TYPES[dot], "PAGED": scoring.num_seqs is not None}
     # float32 by three products of tensor cores, which loses the last bits of a float32 product, or by none of them
     precision = "tf32x3" if dot == torch.float32 and target.backend == "cuda" else "ieee"
-    return arguments | {"PRECISION": precision, "STAGES": tiles.stages}
+    once = target.backend == "cuda" and dot.itemsize == 2
+    return arguments | {"PRECISION": precision, "ONCE": once, "STAGES": tiles.stages}
 
 
 def example(T: int, S: int, heads: int, q_dtype: torch.dtype, k_dtype: torch.dtype, dim: int = 128) -> Scoring:

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from heedful.kernels import tuning
 from heedful.kernels.compilation import Compilation, Launch
+from heedful.kernels.scoring import check_keys
 from heedful.kernels.target import Target
 
 MAX_K = 8192
@@ -68,7 +69,7 @@ def quarters(x, G: tl.constexpr):
 
 
 @triton.jit
-def append(x, positions, chosen, values, places, fill, BLOCK: tl.constexpr):
+def append(x, positions, chosen, pool, fill, CAP: tl.constexpr, BLOCK: tl.constexpr):
     """Appends the chosen entries of a block, in order, to the candidates.
 
     Column by column, because their addresses do not follow each other: for a store of whole fours, the compiler would
@@ -77,14 +78,28 @@ def append(x, positions, chosen, values, places, fill, BLOCK: tl.constexpr):
     x_0, x_1, x_2, x_3 = quarters(x, BLOCK // 4)
     p_0, p_1, p_2, p_3 = quarters(positions, BLOCK // 4)
     at_0, at_1, at_2, at_3 = quarters(tl.where(chosen, fill + ranks(chosen) - 1, -1), BLOCK // 4)
-    tl.store(values + at_0, x_0, mask=at_0 >= 0)
-    tl.store(places + at_0, p_0, mask=at_0 >= 0)
-    tl.store(values + at_1, x_1, mask=at_1 >= 0)
-    tl.store(places + at_1, p_1, mask=at_1 >= 0)
-    tl.store(values + at_2, x_2, mask=at_2 >= 0)
-    tl.store(places + at_2, p_2, mask=at_2 >= 0)
-    tl.store(values + at_3, x_3, mask=at_3 >= 0)
-    tl.store(places + at_3, p_3, mask=at_3 >= 0)
+    _put(pool, at_0, x_0, p_0, CAP)
+    _put(pool, at_1, x_1, p_1, CAP)
+    _put(pool, at_2, x_2, p_2, CAP)
+    _put(pool, at_3, x_3, p_3, CAP)
+
+
+@triton.jit
+def _put(pool, at, x, position, CAP: tl.constexpr):
+    """Writes scores and positions to places of a pool, but for negative ones."""
+    to = pool + at
+    tl.store(to, x, mask=at >= 0)
+    tl.store(to + CAP, position.to(tl.float32, bitcast=True), mask=at >= 0)
+
+
+@triton.jit
+def _get(pool, at, fill, CAP: tl.constexpr):
+    """Scores at places of a pool below CAP, -inf from `fill` on, and positions.
+
+    Loaded without a mask, because fours are then loaded at once; what lies beyond `fill` is not looked at.
+    """
+    x, position = tl.load(pool + at), tl.load(pool + at + CAP)
+    return tl.where(at < fill, x, float("-inf")), position.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -94,68 +109,70 @@ def offsets_of(BLOCK: tl.constexpr):
 
 
 @triton.jit
-def cut(values, places, fill, k, CAP: tl.constexpr, BLOCK: tl.constexpr):
+def cut(pool, fill, k, CAP: tl.constexpr, BLOCK: tl.constexpr):
     """Cuts more than k candidates to the best k, in place and in order, a BLOCK at a time; gives what later ones must
     exceed."""
     tl.debug_barrier()  # candidates were written by other threads
     offsets = tl.arange(0, CAP)
-    keys = sortable(tl.load(values + offsets, mask=offsets < fill, other=float("-inf")))
+    keys = sortable(tl.load(pool + offsets, mask=offsets < fill, other=float("-inf")))
     low = tl.min(tl.where(offsets < fill, keys, 0x7FFFFFFF), axis=0)
     high = tl.max(keys, axis=0)
+    above = 0  # candidates beyond `high`
     while low < high:  # the largest key that k candidates or more reach, or any that exactly k reach
         middle = (low | high) - ((low ^ high) >> 1)  # their mean, rounded up, without overflow
         count = tl.sum((keys >= middle).to(tl.int32), axis=0)
         low = tl.where(count >= k, middle, low)
         high = tl.where(count > k, high, tl.where(count == k, middle, middle - 1))
-    ties = k - tl.sum((keys > low).to(tl.int32), axis=0)  # how many candidates equal to it are kept
+        above = tl.where(count > k, above, tl.where(count == k, 0, count))
+    ties = k - above  # so many of the candidates equal to it are kept; all, where exactly k reach it
     kept = 0
     for first in range(0, fill, BLOCK):
         at = first + offsets_of(BLOCK)
-        x = tl.load(values + at, mask=at < fill, other=float("-inf"))
-        position = tl.load(places + at, mask=at < fill, other=0)
+        x, position = _get(pool, at, fill, CAP)
         key = sortable(x)
         equal = (key == low) & (at < fill)
         chosen = (key > low) | (equal & (ranks(equal) <= ties))
         tl.debug_barrier()  # all have read before any writes
-        append(x, position, chosen, values, places, kept, BLOCK)
-        kept += total(chosen)
-        ties -= tl.minimum(total(equal), ties)
+        append(x, position, chosen, pool, kept, CAP, BLOCK)
+        counts = chosen.to(tl.int32) + (equal.to(tl.int32) << 16)  # both in one sum: a block has less than 65,536
+        counts = tl.sum(tl.sum(counts, axis=1), axis=0)
+        kept += counts & 0xFFFF
+        ties -= tl.minimum(counts >> 16, ties)
     number = (low ^ ((low >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     return tl.where(low < LEAST, float("-inf"), number)
 
 
 @triton.jit
-def consume(x, positions, values, places, fill, threshold, k, CAP: tl.constexpr, BLOCK: tl.constexpr):
+def consume(x, positions, pool, fill, threshold, k, last, CAP: tl.constexpr, BLOCK: tl.constexpr):
     """Makes candidates of what exceeds the threshold in a block of scores, in order of position; gives the new fill
-    and threshold. CAP >= k + BLOCK.
+    and threshold. CAP >= k + BLOCK. A block behind the last one leaves the best k, if there are as many; it is -inf.
 
     NaN is above no threshold and below none: it joins the candidates, and leaves them when they are cut.
     """
     chosen = (x <= threshold) == 0
     count = total(chosen)
+    if fill + count > tl.where(last, k, CAP):
+        threshold = cut(pool, fill, k, CAP, BLOCK // 2)
+        fill = k
+        chosen = (x <= threshold) == 0
+        count = total(chosen)
     if count > 0:
-        if fill + count > CAP:
-            threshold = cut(values, places, fill, k, CAP, BLOCK // 2)
-            fill = k
-            chosen = (x <= threshold) == 0
-            count = total(chosen)
-        append(x, positions, chosen, values, places, fill, BLOCK)
+        append(x, positions, chosen, pool, fill, CAP, BLOCK)
         fill += count
     return fill, threshold
 
 
 @triton.jit
-def emit(values, places, fill, k, out, out_values, CAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes the positions of the best k in rising order, then -1; scores too, then -inf, if `out_values` is there."""
-    if fill > k:
-        cut(values, places, fill, k, CAP, BLOCK // 2)
-        fill = k
-    tl.debug_barrier()
+def emit(pool, fill, k, out, out_values, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes the positions of the best k, which `consume` has left, in rising order, then -1; scores too, then -inf, if
+    `out_values` is there."""
+    tl.debug_barrier()  # candidates were written by other threads
     for first in range(0, k, BLOCK):
         at = first + tl.arange(0, BLOCK)
-        tl.store(out + at, tl.load(places + at, mask=at < fill, other=-1), mask=at < k)
+        position = tl.load(pool + at + CAP, mask=at < fill, other=0.0).to(tl.int32, bitcast=True)
+        tl.store(out + at, tl.where(at < fill, position, -1), mask=at < k)
         if out_values is not None:
-            tl.store(out_values + at, tl.load(values + at, mask=at < fill, other=float("-inf")), mask=at < k)
+            tl.store(out_values + at, tl.load(pool + at, mask=at < fill, other=float("-inf")), mask=at < k)
     tl.debug_barrier()  # the candidates' places are free again
 
 
@@ -174,27 +191,26 @@ def load_block(scores, positions, first, end, BLOCK: tl.constexpr):
 
 @triton.jit
 def _select_kernel(
-    scores, positions, lengths, out, out_values, values, places, T, S, k, parts, part, stride, out_stride,
+    scores, positions, lengths, out, out_values, pool, T, S, k, parts, part, stride, out_stride,
     CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows in turn, each in `parts` parts; positions are those of a row's scores if not given."""
-    values += tl.program_id(0).to(tl.int64) * CAP
-    places += tl.program_id(0).to(tl.int64) * CAP
+    pool += tl.program_id(0).to(tl.int64) * (2 * CAP)
     for unit in range(tl.program_id(0), T * parts, tl.num_programs(0)):
         row, begin = (unit // parts).to(tl.int64), unit % parts * part
         end = tl.minimum(begin + part, S)
         if lengths is not None:
-            end = tl.minimum(end, tl.load(lengths + row)).to(tl.int32)
+            end = tl.maximum(tl.minimum(end, tl.load(lengths + row)), 0).to(tl.int32)
         x_row = scores + row * stride
         place_row = positions if positions is None else positions + row * stride
         fill, threshold = 0, float("-inf")
         next_x, next_place = load_block(x_row, place_row, begin, end, BLOCK)
-        for first in range(begin, end, BLOCK):
+        for first in range(begin, end + BLOCK, BLOCK):
             x, place = next_x, next_place
             next_x, next_place = load_block(x_row, place_row, first + BLOCK, end, BLOCK)  # under way meanwhile
-            fill, threshold = consume(x, place, values, places, fill, threshold, k, CAP, BLOCK)
+            fill, threshold = consume(x, place, pool, fill, threshold, k, first >= end, CAP, BLOCK)
         to = row * out_stride + unit % parts * k
-        emit(values, places, fill, k, out + to, None if out_values is None else out_values + to, CAP, BLOCK)
+        emit(pool, fill, k, out + to, None if out_values is None else out_values + to, CAP, BLOCK)
 
 
 @triton.jit
@@ -219,7 +235,7 @@ def top_k(scores: torch.Tensor, k: int, *, lengths: torch.Tensor | None = None, 
     -inf and what lies at or beyond `lengths[t]` is never selected; NaN is below every number.
 
     Args:
-        scores: [T, S] float32, bfloat16 or float16, S < 2^31.
+        scores: [T, S] float32, bfloat16 or float16; at most MAX_KEYS of `scoring` in a row.
         k: at least 1; beyond MAX_K the rows are sorted by torch.
         lengths: [T] integers from 0 to S; default S.
         sorted: True: highest first. False: in rising order of position, which is quicker.
@@ -294,6 +310,7 @@ def plan(
 ) -> list[Launch]:
     """The launches that write the selection to `out` [T, k]: of parts of rows, of rows, in order of score."""
     T, S = scores.shape
+    check_keys("scores", S)
     sizes = sizes or tuning.choose("top_k", tuning.bucket(T, S, str(k)), target, lambda: size_candidates(k))
     scores = scores if scores.stride(1) == 1 or S == 1 else scores.contiguous()
     if parts is None:  # a part reads S / parts scores, then one program reads the best k of each part
@@ -355,13 +372,11 @@ def _select(
         raise ValueError(f"sizes: {sizes} cannot hold a block beside {k} candidates")
     T, S = scores.shape
     programs = min(T * parts, sizes.blocks * target.num_sms)
-    values, places = candidates(programs, sizes.CAP, out.device)
     lengths = None if lengths is None else lengths.contiguous()
     arguments: dict[str, Any] = {"scores": scores, "positions": positions, "lengths": lengths, "out": out}
     arguments |= {
         "out_values": out_values,
-        "values": values,
-        "places": places,
+        "pool": torch.empty((programs, 2, sizes.CAP), device=out.device),
         "T": T,
         "S": S,
         "k": k,
@@ -370,7 +385,9 @@ def _select(
     }
     arguments |= {"stride": scores.stride(0), "out_stride": out.stride(0)}
     arguments |= {"CAP": sizes.CAP, "BLOCK": sizes.BLOCK}
-    registers = sizes.max_registers if positions is None else None  # there are few rows to merge
+    registers = sizes.max_registers
+    if positions is not None:  # there are few rows to merge, so a block need not share
+        registers = min(255, 65536 // (32 * sizes.num_warps))
     return Launch(_select_kernel, (programs,), arguments, sizes.num_warps, max_registers=registers)
 
 
