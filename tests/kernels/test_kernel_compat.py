@@ -42,7 +42,7 @@ def test_sparse_prefill(device: torch.device, s_q: int, log_base: float) -> None
     indices[s_q // 2 :: 3] = -1 if s_q > 1 else 5
     length = torch.randint(60, 200, (s_q,), generator=generator, dtype=INT)
     sink = torch.randn(6, generator=generator)
-    for extra in ({}, {"attn_sink": sink, "topk_length": length}):
+    for extra in ({}, {"attn_sink": sink, "topk_length": length, "indexer_topk": 150}):
         close(*both(flash_mla_sparse_fwd, device, q, kv, indices, 0.1, 128, log_base=log_base, **extra))
 
 
@@ -62,6 +62,23 @@ def test_decoding(device: torch.device, fp8: bool) -> None:
         close(*both(flash_mla_with_kvcache, device, q, cache, table, lens, 128, causal=causal, **options), 1e-3)
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_decoding_over_two_caches_of_other_pages(device: torch.device, fp8: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, sink = torch.randn(2, 2, 5, 144, generator=generator), torch.randn(5, generator=generator)
+    flat = torch.zeros(4, 64, 128 + 4 + 32 if fp8 else 144, dtype=torch.uint8 if fp8 else torch.float32)
+    ops.write_latent_cache(torch.randn(256, 144, generator=generator), flat, torch.arange(256), value_dim=128)
+    indices = torch.randint(-1, 256, (2, 2, 70), generator=generator, dtype=INT)
+    indices[1, 0] = -1
+    options: dict[str, Any] = {"is_fp8_kvcache": fp8, "indices": indices, "attn_sink": sink}
+    lengths = {"topk_length": torch.tensor([70, 9], dtype=INT), "extra_topk_length": torch.tensor([0, 40], dtype=INT)}
+    for page, other in ((128, 64), (32, 2), (5, 61)):
+        caches = [flat.flatten(0, 1)[: 256 // n * n].view(-1, n, 1, flat.shape[2]) for n in (page, other)]
+        extra = {"extra_k_cache": caches[1], "extra_indices_in_kvcache": indices.flip(-1)[..., :50], **lengths}
+        close(*both(flash_mla_with_kvcache, device, q, caches[0], None, None, 128, **options), 1e-3)
+        close(*both(flash_mla_with_kvcache, device, q, caches[0], None, None, 128, **options, **extra), 1e-3)
+
+
 def test_scores(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(*shape, generator=generator).to(E4M3) for shape in ((7, 4, 32), (90, 32)))
@@ -76,4 +93,10 @@ def test_scores(device: torch.device) -> None:
     table = torch.tensor([[2, 1], [3, 0], [0, 0]], dtype=INT)
     for lens in (torch.tensor([100, 3, 0], dtype=INT), torch.tensor([[5, 100], [3, 3], [0, 0]], dtype=INT)):
         ours, cpu = both(fp8_paged_mqa_logits, device, q, cache, weights, lens, table, None, 128)
+        close([ours], [cpu], 1e-3)
+    for size in (32, 128):  # pages of another size are copied first
+        other = torch.cat([cache[:, :, 0].flatten(1)[:, :2048].reshape(256, 32), torch.zeros(256, 4).byte()], 1)
+        other = other.view(256 // size, size, 1, 36)
+        tables = torch.arange(256 // size, dtype=INT).expand(3, -1)
+        ours, cpu = both(fp8_paged_mqa_logits, device, q, other, weights, lens, tables, None, 128)
         close([ours], [cpu], 1e-3)
