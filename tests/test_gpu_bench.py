@@ -287,6 +287,48 @@ def test_the_machine_is_named(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert gpu_timing.state() == {"nvidia-smi": "unknown"}
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's attention says which of its kernels it cannot run
+def test_cases_at_full_size_on_a_card_that_holds_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fake_gpu
+    import gpu_cases
+    import gpu_curve
+    from gpu_items import UNKNOWN
+    from gpu_timing import HostClock
+
+    class Bench(gpu_cases.Bench):
+        """Without random numbers."""
+
+        def normal(self, seed: int, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+            return torch.empty(shape, device=self.device, dtype=dtype or self.numbers)
+
+        def integers(self, seed: int, high: int, *shape: int) -> torch.Tensor:
+            return torch.empty(shape, device=self.device, dtype=torch.int64)
+
+        def sequences(self, count: int, tokens: int) -> torch.Tensor:
+            return torch.empty((count, tokens // 64), device=self.device, dtype=torch.int32)
+
+    rows: dict[str, list[Any]] = {}
+    with fake_gpu.fake_gpu(monkeypatch) as launches:
+        bench = Bench(HostClock(fake_gpu.DEVICE), gpu_cases.FULL, UNKNOWN)
+        for case in gpu_cases.CASES[:-1]:  # the last is the engine's
+            before = len(launches)
+            rows[case.__name__] = [row.record(UNKNOWN) for row in case(bench)]
+            assert len(launches) > before
+        points = [point for context in gpu_cases.FULL.contexts for point in gpu_curve.curve(bench, context)]
+        before = len(launches)
+        steps = gpu_cases.tuning_steps(bench)
+        for step in steps.values():
+            step()
+        assert len(launches) > before + 3 * len(steps)  # several candidates each
+    assert [len(found) for found in rows.values()] == [2, 1, 3, 3, 2, 4, 3]
+    assert rows["sparse_prefill"][0]["flops"] == 2 * 4096 * 128 * 2048 * 1088
+    assert rows["index_prefill"][0]["flops"] == 2 * 4096 * 64 * 128 * 131072
+    assert rows["sparse_decode"][1]["bytes"] == 64 * 2048 * 656 + 2 * 64 * 128 * 1088
+    ways = {(point.phase, point.way) for point in points}
+    assert {("prefill", "sparse"), ("decode", "sparse"), ("decode", "dense, absorbed (torch)")} <= ways
+    assert {point.context for point in points} == set(gpu_cases.FULL.contexts)
+
+
 def test_checks_of_the_device_with_stand_ins(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the addresses and the graph: they run on the CPU's operators, at small sizes."""
     import gpu_checks

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+import fake_gpu
 from heedful import ops
-from heedful.compat.deep_gemm import fp8_mqa_logits, fp8_paged_mqa_logits
-from heedful.compat.flash_mla import flash_mla_sparse_fwd, flash_mla_with_kvcache
+from heedful.compat.deep_gemm import fp8_fp4_mqa_logits, fp8_fp4_paged_mqa_logits, fp8_mqa_logits, fp8_paged_mqa_logits
+from heedful.compat.flash_mla import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 
 E4M3, INT = torch.float8_e4m3fn, torch.int32
 
@@ -100,3 +101,43 @@ def test_scores(device: torch.device) -> None:
         tables = torch.arange(256 // size, dtype=INT).expand(3, -1)
         ours, cpu = both(fp8_paged_mqa_logits, device, q, other, weights, lens, tables, None, 128)
         close([ours], [cpu], 1e-3)
+
+
+def on_card(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=fake_gpu.DEVICE)
+
+
+def test_flash_mla_at_full_size_looks_at_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake tensor has no values: what looked at one would raise, as it would wait on a card."""
+    with fake_gpu.fake_gpu(monkeypatch) as launches:
+        q, sink = on_card(64, 2, 128, 576), on_card(128, dtype=torch.float32)
+        indices, lengths, table = on_card(64, 2, 2048, dtype=INT), on_card(64, dtype=INT), on_card(64, 512, dtype=INT)
+        metadata = get_mla_metadata()
+        for page in (64, 32, 61):
+            for width, dtype in ((576, torch.bfloat16), (656, torch.uint8)):
+                cache = on_card(500, page + 3, 1, width, dtype=dtype)[:, :page]
+                extra = (on_card(300, 64, 1, width, dtype=dtype), indices[..., :512].contiguous(), lengths, lengths)
+                rest = (0.1, False, dtype == torch.uint8, indices, sink)
+                out, lse = flash_mla_with_kvcache(q, cache, None, None, 512, *metadata, *rest, *extra)
+                assert (out.shape, out.dtype, lse.shape) == ((64, 2, 128, 512), q.dtype, (64, 128, 2))
+        for causal in (False, True):
+            dense = flash_mla_with_kvcache(q, on_card(500, 128, 1, 576), table, lengths, 512, causal=causal)
+            assert dense[0].shape == (64, 2, 128, 512)
+        q, indices = on_card(4096, 128, 576), on_card(4096, 1, 2048, dtype=INT)
+        found = flash_mla_sparse_fwd(q, on_card(32768, 1, 576), indices, 0.1, 512, sink, indexer_topk=512)
+        assert [tuple(part.shape[1:]) for part in found] == [(128, 512), (128,), (128,), (128,)]
+        assert len(launches) >= 16
+
+
+def test_deep_gemm_at_full_size_looks_at_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_gpu.fake_gpu(monkeypatch):
+        q, k, weights = on_card(4096, 64, 128, dtype=E4M3), on_card(32768, 128, dtype=E4M3), on_card(4096, 64)
+        ends, scale = on_card(4096, dtype=INT), on_card(32768, dtype=torch.float32)
+        logits = fp8_fp4_mqa_logits((q, None), (k, scale), weights, ends, ends, logits_dtype=torch.bfloat16)
+        assert (logits.shape, logits.dtype) == ((4096, 32768), torch.bfloat16)
+        assert fp8_mqa_logits(q, (k, scale), weights, ends, ends, False, 1000).shape == (4096, 1000)
+        q, weights, table = on_card(64, 2, 64, 128, dtype=E4M3), on_card(128, 64), on_card(64, 100, dtype=INT)
+        for page in (64, 32, 256):
+            cache = on_card(1000, page, 1, 132, dtype=torch.uint8)
+            for lens in (on_card(64, dtype=INT), on_card(64, 2, dtype=INT)):
+                assert fp8_fp4_paged_mqa_logits((q, None), cache, weights, lens, table, None, 6400).shape == (128, 6400)
