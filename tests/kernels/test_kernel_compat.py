@@ -95,9 +95,11 @@ def test_scores(device: torch.device) -> None:
     for lens in (torch.tensor([100, 3, 0], dtype=INT), torch.tensor([[5, 100], [3, 3], [0, 0]], dtype=INT)):
         ours, cpu = both(fp8_paged_mqa_logits, device, q, cache, weights, lens, table, None, 128)
         close([ours], [cpu], 1e-3)
+    flat = cache[:, :, 0].flatten(1)
+    codes, scales = flat[:, :2048].reshape(256, 32), flat[:, 2048:].reshape(256, 4)
     for size in (32, 128):  # pages of another size are copied first
-        other = torch.cat([cache[:, :, 0].flatten(1)[:, :2048].reshape(256, 32), torch.zeros(256, 4).byte()], 1)
-        other = other.view(256 // size, size, 1, 36)
+        pages = [part.reshape(256 // size, -1) for part in (codes, scales)]
+        other = torch.cat(pages, 1).view(256 // size, size, 1, 36)
         tables = torch.arange(256 // size, dtype=INT).expand(3, -1)
         ours, cpu = both(fp8_paged_mqa_logits, device, q, other, weights, lens, tables, None, 128)
         close([ours], [cpu], 1e-3)
