@@ -55,9 +55,15 @@ def items(options: Options, names: list[str], tuning: bool) -> list[Item]:
     return [*found, *cases[:6], *reversed(curve), *cases[6:]]
 
 
+def device_of(name: str) -> torch.device:
+    """A device with its number, which setting it wants."""
+    device = torch.device(name)
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 def runner(options: Options) -> Callable[[Item], Iterator[dict[str, Any]]]:
     """Runs items one after another; `Worker` calls it once in a process."""
-    device = torch.device(options.device)
+    device = device_of(options.device)
     timer_type = gpu_timing.HostClock if options.dry else gpu_timing.Once if options.compiling else gpu_timing.Timer
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -93,7 +93,7 @@ def test_a_killed_run_leaves_a_whole_record(tmp_path: Path) -> None:
 
 def test_a_run_ends_in_time_and_says_what_it_left_out(tmp_path: Path) -> None:
     began = time.monotonic()
-    status, out, _ = run("--dry", "--seconds", "9", "--results", str(tmp_path), OMP_NUM_THREADS="1")
+    status, out, _ = run("--dry", "--seconds", "6", "--results", str(tmp_path), OMP_NUM_THREADS="1")
     assert status == 1
     assert time.monotonic() - began < 40
     assert "left out: case engine_decode: out of time" in out
@@ -273,6 +273,13 @@ def test_timing_counts_calls_and_rotates_inputs(cuda: Any) -> None:
     once: list[int] = []
     assert Once(torch.device("cuda")).replayed([lambda: once.append(1), lambda: once.append(2)]) == 1.0
     assert once == [1]
+
+
+def test_devices_have_a_number(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu_items import device_of
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert [device_of(name).index for name in ("cuda", "cuda:1", "cpu")] == [2, 1, None]
 
 
 def test_the_machine_is_named(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
