@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,15 +45,10 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
     patch.setattr(tuning, "_seconds", lambda planned: [launch.run() for launch in planned] and 1.0)
     patch.setattr(tuning, "_keep", lambda *entry: None)
     patch.setenv("HEEDFUL_CACHE_DIR", "/nonexistent")
-    _forget()
+    patch.setattr(target, "_of", lambda *device: replace(target.Target.cuda(90), name=h100().name))
+    tuning.forget()
     try:
         with FakeTensorMode(), torch.inference_mode():
             yield launches
     finally:
-        _forget()
-
-
-def _forget() -> None:
-    """What is remembered of devices and choices."""
-    target._of.cache_clear()
-    tuning.forget()
+        tuning.forget()
