@@ -98,6 +98,7 @@ class Run:
         from gpu_items import Options, items
 
         self.args = args
+        self.path: Path | None = None
         self.began = time.monotonic()
         self.deadline = self.began + args.seconds
         self.options: dict[str, Any] = {"device": "cpu" if args.dry else args.device, "dry": args.dry}
@@ -163,7 +164,8 @@ class Run:
                 self.failed.add(name)
             print(f"ERROR  {kind} {name or ''}: {value['error']}", flush=True)
         elif event == "result" and kind == "machine":
-            self.record |= value
+            for key, found in value.items():
+                self.record[key].update(found)
             print(json.dumps(value), flush=True)
         elif event == "result" and kind == "check":
             self.record["checks"].append({"check": name, **value})
@@ -219,6 +221,9 @@ class Run:
         temporary = path.with_suffix(".part")
         temporary.write_text(json.dumps(self.record, indent=1) + "\n")
         temporary.replace(path)
+        if self.path not in (None, path):  # written before the card's name was known
+            self.path.unlink(missing_ok=True)
+        self.path = path
         return path
 
     def _plot(self, path: Path) -> None:

@@ -35,7 +35,13 @@ class Options:
     ceilings: dict[str, float] = field(default_factory=dict)
 
 
-UNKNOWN = {"copy_bytes_per_second": 1e12, "bfloat16_flops": 1e15, "fp8_flops": 2e15}
+UNKNOWN = {"copy_bytes_per_second": 1e12, "bfloat16_flops": 1e15}
+"""Stand-ins for ceilings that could not be measured; rows that would be judged by them are not."""
+JUDGED = ("fraction_of_limit", "share_of_copy", "goal", "met")
+
+
+def _known(ceilings: dict[str, float]) -> dict[str, float]:
+    return {**UNKNOWN, **ceilings}
 
 
 def checks(dry: bool) -> list[gpu_checks.Check]:
@@ -70,7 +76,7 @@ def runner(options: Options) -> Callable[[Item], Iterator[dict[str, Any]]]:
         torch.zeros(1, device=device)
     backend = "triton" if options.dry else "auto"
     shapes = gpu_cases.SMALL if options.dry else gpu_cases.FULL
-    bench = gpu_cases.Bench(timer_type(device), shapes, options.ceilings or UNKNOWN)
+    bench = gpu_cases.Bench(timer_type(device), shapes, _known(options.ceilings))
     sizes = gpu_checks.SMALL if options.dry else gpu_checks.FULL
 
     def run(item: Item) -> Iterator[dict[str, Any]]:
@@ -90,7 +96,8 @@ def _records(
     if kind == "machine":
         yield {"machine": gpu_timing.machine(bench.device, options.commit)}
         small = {"size": 2**20, "n": 64} if options.dry else {}
-        yield {"ceilings": gpu_timing.ceilings(bench.timer, **small)}
+        for ceiling, rate in gpu_timing.ceilings(bench.timer, **small):
+            yield {"ceilings": {ceiling: rate}}
     elif kind == "check":
         check = next(check for check in checks(options.dry) if check.__name__ == name)
         result = check(inputs)
@@ -100,7 +107,11 @@ def _records(
     elif kind == "case":
         case = next(case for case in gpu_cases.CASES if case.__name__ == name)
         for row in case(bench):
-            yield row.record(bench.ceilings)
+            found = row.record(bench.ceilings)
+            if missing := UNKNOWN.keys() - options.ceilings.keys():
+                found = {key: value for key, value in found.items() if key not in JUDGED}
+                found["note"] = f"not measured: {', '.join(sorted(missing))}"
+            yield found
     else:
         for point in gpu_curve.curve(bench, name):
             yield asdict(point)

@@ -13,7 +13,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,14 +183,14 @@ def l2_bytes(device: torch.device) -> int:
     return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or L2_BYTES
 
 
-def ceilings(timer: Timer, size: int = 2**30, n: int = 8192) -> dict[str, float]:
+def ceilings(timer: Timer, size: int = 2**30, n: int = 8192) -> Iterator[tuple[str, float]]:
     """Rates that the card reaches, a second: of a copy (bytes read and written), of products in bfloat16 and FP8; and
-    seconds of host and device that one launch takes."""
+    seconds of host and device that one launch takes. One after another, so that what was found is kept."""
     device = timer.device
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    found = {"copy_bytes_per_second": 2 * size / timer.median([lambda: target.copy_(source)])}
+    yield "copy_bytes_per_second", 2 * size / timer.median([lambda: target.copy_(source)])
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    found["bfloat16_flops"] = 2 * n**3 / timer.median([lambda: a @ b])
+    yield "bfloat16_flops", 2 * n**3 / timer.median([lambda: a @ b])
     if hasattr(torch, "_scaled_mm"):
         one = torch.ones((), device=device)
         a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
@@ -200,19 +200,18 @@ def ceilings(timer: Timer, size: int = 2**30, n: int = 8192) -> dict[str, float]
                 return torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
             with contextlib.suppress(RuntimeError, ValueError):  # a card without FP8 products
-                found[name] = 2 * n**3 / timer.median([product])
+                yield name, 2 * n**3 / timer.median([product])
     small = torch.zeros(16, device=device)
-    found["launch_seconds_in_a_graph"] = timer.replayed([lambda: small.add_(1)] * 200)
+    yield "launch_seconds_in_a_graph", timer.replayed([lambda: small.add_(1)] * 200)
     began = time.perf_counter()
     for _ in range(1000):
         small.add_(1)
-    found["launch_seconds_on_the_host"] = (time.perf_counter() - began) / 1000
-    rows = torch.zeros(8, 128, device=device)
+    yield "launch_seconds_on_the_host", (time.perf_counter() - began) / 1000
     if device.type == "cuda":
+        rows = torch.zeros(8, 128, device=device)
         ops.hadamard(rows)
         began = time.perf_counter()
         for _ in range(200):
             ops.hadamard(rows)
-        found["heedful_call_seconds_on_the_host"] = (time.perf_counter() - began) / 200
+        yield "heedful_call_seconds_on_the_host", (time.perf_counter() - began) / 200
         torch.cuda.synchronize(device)
-    return found

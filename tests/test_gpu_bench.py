@@ -376,6 +376,31 @@ def test_crossovers_and_rows() -> None:
     assert not {"met", "fraction_of_limit", "note"} & Row("case", 4.0).record(ceilings).keys()
 
 
+def test_the_record_has_one_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import gpu_all
+
+    monkeypatch.setattr(sys, "argv", ["gpu_all.py", "--dry", "--results", str(tmp_path)])
+    one = gpu_all.Run(gpu_all._arguments())
+    one._write()
+    one._take(("machine", None), "result", {"machine": {"device": "NVIDIA H100 80GB"}})
+    one._take(("machine", None), "result", {"ceilings": {"copy_bytes_per_second": 3e12}})
+    one._finish(("machine", None))
+    assert [path.name for path in tmp_path.iterdir()] == ["nvidia-h100-80gb.json"]
+    assert json.loads((tmp_path / "nvidia-h100-80gb.json").read_text())["ceilings"] == {"copy_bytes_per_second": 3e12}
+
+
+def test_rows_are_not_judged_by_ceilings_that_nobody_measured() -> None:
+    from gpu_items import Options, runner
+
+    case = ("case", "index_prefill")
+    ceilings = {"copy_bytes_per_second": 1e12, "bfloat16_flops": 1e15}
+    (judged,) = runner(Options(device="cpu", dry=True, ceilings=ceilings))(case)
+    assert {"fraction_of_limit", "goal", "met"} <= judged.keys()
+    (row,) = runner(Options(device="cpu", dry=True, ceilings={"copy_bytes_per_second": 1e12}))(case)
+    assert not {"fraction_of_limit", "goal", "met"} & row.keys()
+    assert row["note"] == "not measured: bfloat16_flops"
+
+
 def test_a_plot_names_the_crossover(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from gpu_curve import plot
