@@ -2,11 +2,15 @@
 
     python benches/gpu_all.py                    # needs a GPU; writes benches/results/gpu/<device>.json and .svg
     python benches/gpu_all.py --only top_k sparse_prefill --no-write
-    python benches/gpu_all.py --dry              # the correctness part, small, in Triton's interpreter, without a GPU
+    python benches/gpu_all.py --dry              # all of it, small, without a GPU; checks in Triton's interpreter
 
-Exit status: 0 when every check passed, 1 when one failed, 2 without a GPU. Times are medians over inputs rotated past
-the second-level cache; beside each stands the fraction of what the card reaches on a plain copy and a plain product.
-Checks come first: nothing that is wrong is timed (`--force` times it nevertheless).
+First every kernel is compiled, by running everything once in as many processes as there are cores. Then, one at a time:
+the card's own ceilings, the checks, the cases. Times are medians over inputs rotated past the second-level cache;
+beside each stands the fraction of what the card reaches on a plain copy and a plain product. Each item has a limit of
+time, and what goes wrong in it is recorded with its traceback and stops nothing else. A case whose operator failed a
+check is timed, but says so. The file is written anew after each item, so whatever ends the run leaves a whole one.
+
+Exit status: 0 when every check passed and nothing went wrong, 1 otherwise, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -15,20 +19,46 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
-import traceback
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gpu_worker import Item, Worker, run_in_parallel
+
 RESULTS = Path(__file__).parent / "results" / "gpu"
-CASES = ("sparse_prefill", "sparse_decode", "index_prefill", "index_decode", "top_k", "fused_top_k", "dense_and_sparse")
+CASES = (
+    "sparse_prefill",
+    "index_prefill",
+    "sparse_decode",
+    "index_decode",
+    "fused_top_k",
+    "top_k",
+    "decode_layer",
+    "engine_decode",
+    "dense_and_sparse",
+)
+PEERS = ("flash_mla", "deep_gemm", "tilelang")
 NO_GPU = 2
+LIMITS = {"machine": 90.0, "check": 75.0, "tune": 60.0, "case": 75.0, "curve": 60.0}
+"""Seconds that one item of a kind may take."""
+COMPILING = 170.0
+"""Seconds that compiling may take in all."""
+CHECKS_OF = {
+    "sparse_prefill": ("check_sparse_attention", "check_repeats", "check_far_rows"),
+    "sparse_decode": ("check_fp8_attention", "check_writes", "check_graph"),
+    "index_prefill": ("check_scores", "check_far_scores"),
+    "index_decode": ("check_paged_scores", "check_far_pages"),
+    "fused_top_k": ("check_fused", "check_repeats"),
+    "top_k": ("check_top_k",),
+    "decode_layer": ("check_fp8_attention", "check_paged_scores", "check_writes", "check_graph"),
+    "engine_decode": ("check_engine",),
+}
+"""What must hold for a case's times to mean anything."""
 
 
 def main() -> int:
-    """Runs the checks and the cases."""
+    """Runs everything."""
     args = _arguments()
     if args.dry:
         # Triton reads it when it is imported.
@@ -43,163 +73,194 @@ def main() -> int:
         print(f"{error.name} is not installed: pip install 'heedful[torch]'", file=sys.stderr)
         return NO_GPU
     if not args.dry and not torch.cuda.is_available():
-        print("torch sees no GPU. --dry runs the correctness part without one.", file=sys.stderr)
+        print("torch sees no GPU. --dry runs everything, small, without one.", file=sys.stderr)
         return NO_GPU
-    started = time.monotonic()
-
-    def left() -> float:
-        return args.seconds - (time.monotonic() - started)
-
-    device = torch.device("cpu" if args.dry else args.device)
-    checks = list(_check(device, args.dry))
-    failed = [check for check in checks if not check["passed"]]
-    print(f"{len(checks) - len(failed)} of {len(checks)} checks passed, {time.monotonic() - started:.0f} s")
-    if args.dry or (failed and not args.force):
-        return 1 if failed else 0
-    record = _measure(device, args.only or CASES, args.tune, left)
-    record["checks"] = checks
-    record["seconds"] = time.monotonic() - started
-    if not args.no_write:
-        _write(record)
-    return 1 if failed else 0
+    return Run(args).all()
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry", action="store_true", help="small checks alone, in Triton's interpreter")
+    parser.add_argument("--dry", action="store_true", help="small sizes, without a GPU")
     parser.add_argument("--device", default="cuda", help="which GPU (default: cuda)")
     parser.add_argument("--only", nargs="+", choices=CASES, metavar="CASE", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--seconds", type=float, default=500.0, help="cases that would begin later are left out")
+    parser.add_argument("--seconds", type=float, default=530.0, help="when the run ends, whatever is left")
     parser.add_argument("--tune", action="store_true", help="first measure configurations, and keep them on disk")
-    parser.add_argument("--force", action="store_true", help="time even if a check failed")
     parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
+    parser.add_argument("--commit", help="what is measured, where git cannot tell")
     return parser.parse_args()
 
 
-def _check(device: Any, dry: bool) -> Iterator[dict[str, Any]]:
-    """Each check's outcome, printed as it comes."""
-    import gpu_checks
+class Run:
+    """One run: its record, and what is written of it."""
 
-    backend = "triton" if dry else "auto"
-    sizes = gpu_checks.SMALL if dry else gpu_checks.FULL
-    calls = [
-        (check.__name__, lambda check=check: check(gpu_checks.Inputs(sizes, device, backend)))
-        for check in gpu_checks.CHECKS
-    ]
-    calls.append(("check_engine", lambda: gpu_checks.check_engine(device, backend)))
-    for name, call in calls:
-        began = time.monotonic()
+    def __init__(self, args: argparse.Namespace) -> None:
+        from gpu_items import Options, items
+
+        self.args = args
+        self.path: Path | None = None
+        self.began = time.monotonic()
+        self.deadline = self.began + args.seconds
+        self.options: dict[str, Any] = {"device": "cpu" if args.dry else args.device, "dry": args.dry}
+        self.options["commit"] = args.commit
+        self.items: list[Item] = items(Options(**self.options), args.only or list(CASES), args.tune)
+        self.failed: set[str] = set()  # names of checks
+        self.scratch = tempfile.TemporaryDirectory(prefix="heedful-")
+        self.record: dict[str, Any] = {"machine": {"device": "unknown"}, "ceilings": {}, "checks": [], "tuned": []}
+        self.record |= {"rows": [], "points": [], "crossover": {}, "errors": [], "left_out": []}
+        self.record["peers"] = {name: _version(name) for name in PEERS}
+
+    def all(self) -> int:
+        """Compiles, checks and times; the exit status."""
+        if not self.args.dry:
+            self._compile()
+        worker = self._worker()
+        for place, item in enumerate(self.items):
+            left = self.deadline - time.monotonic()
+            if left < 5:
+                self.record["left_out"] += [f"{kind} {name or ''}: out of time" for kind, name in self.items[place:]]
+                break
+            if item[0] not in ("machine", "check") and "ceilings" not in self.options:
+                # From here on rows stand beside the ceilings; the process that measured them has others.
+                self.options["ceilings"] = self.record["ceilings"]
+                worker.close()
+                worker = self._worker()
+            for event, value in worker.run(item, min(LIMITS[item[0]], left)):
+                self._take(item, event, value)
+            self._finish(item)
+        worker.close()
+        self._summary()
+        return int(bool(self.failed or self.record["errors"] or self.record["left_out"]))
+
+    def _worker(self, **more: Any) -> Worker:
+        from gpu_items import Options
+
+        environment = {"TRITON_INTERPRET": "1" if self.args.dry else "0"}
+        if self.args.dry or more.get("compiling"):  # what is measured then is no use to anyone
+            environment["HEEDFUL_CACHE_DIR"] = self.scratch.name
+        return Worker("gpu_items:runner", Options(**self.options, **more), environment)
+
+    def _compile(self) -> None:
+        """Runs everything once, side by side: Triton keeps what it compiles on disk, where the others find it."""
+        processes = os.cpu_count() or 1
+        # Checks of far addresses want the memory for themselves.
+        items = [item for item in self.items if item[0] != "machine" and not str(item[1]).startswith("check_far")]
+        # What compiles longest comes first.
+        items.sort(key=lambda item: ("tune", "case", "curve", "check").index(item[0]))
+        until = min(self.began + COMPILING, self.deadline)
+        errors = run_in_parallel(lambda: self._worker(compiling=True), items, processes, COMPILING, until)
+        self.record["compiling"] = {"seconds": time.monotonic() - self.began, "processes": processes}
+        self.record["compiling"]["errors"] = {f"{kind} {name}": error for (kind, name), error in errors.items()}
+        print(f"compiled in {time.monotonic() - self.began:.0f} s by {processes} processes", flush=True)
+        for item, error in errors.items():
+            print(f"  {item}: {error}", flush=True)
+        self._write()
+
+    def _take(self, item: Item, event: str, value: Any) -> None:
+        kind, name = item
+        if event == "error":
+            self.record["errors"].append({"item": f"{kind} {name or ''}".strip(), **value})
+            if kind == "check":
+                self.failed.add(name)
+            print(f"ERROR  {kind} {name or ''}: {value['error']}", flush=True)
+        elif event == "result" and kind == "machine":
+            for key, found in value.items():
+                self.record[key].update(found)
+            print(json.dumps(value), flush=True)
+        elif event == "result" and kind == "check":
+            self.record["checks"].append({"check": name, **value})
+            if not value["passed"]:
+                self.failed.add(name)
+            mark = "ok    " if value["passed"] else "FAILED"
+            numbers = f"error {value['error']:.1e}, bound {value['bound']:.1e}"
+            print(f"{mark} {value['name']:<50} {numbers} {value['detail']}", flush=True)
+        elif event == "result" and kind == "tune":
+            self.record["tuned"].append(value)
+            print(f"{value['step']}: {value['quickest']}", flush=True)
+        elif event == "result" and kind == "case":
+            if wrong := sorted(self.failed.intersection(CHECKS_OF[name])):
+                value.pop("met", None)
+                value["wrong"] = ", ".join(wrong)
+            self.record["rows"].append(value)
+            print(_line(value), flush=True)
+        elif event == "result":
+            self.record["points"].append(value)
+            micro = value["seconds_per_token"] * 1e6
+            print(f"{value['phase']:<8} {value['context']:>7}  {micro:9.2f} us a token  {value['way']}", flush=True)
+
+    def _finish(self, item: Item) -> None:
+        from gpu_curve import crossovers
+
+        self.record["seconds"] = time.monotonic() - self.began
+        self.record["crossover"] = crossovers(self.record["points"])
+        self._write()
+
+    def _summary(self) -> None:
+        from gpu_timing import state
+
+        self.record["state_at_the_end"] = {} if self.args.dry else state()
+        passed = sum(check["passed"] for check in self.record["checks"])
+        all_checks = sum(kind == "check" for kind, _ in self.items)
+        if self.record["points"]:
+            print("sparse is quicker than every dense way from", self.record["crossover"])
+        for line in self.record["left_out"]:
+            print(f"left out: {line}")
+        path = self._write()
+        if path and self.record["points"]:
+            self._plot(path.with_suffix(".svg"))
+        print(f"{passed} of {all_checks} checks passed, {len(self.record['rows'])} rows, ", end="")
+        print(f"{len(self.record['errors'])} errors, {time.monotonic() - self.began:.0f} s")
+
+    def _write(self) -> Path | None:
+        """The record as it is, whole at any moment."""
+        if self.args.no_write:
+            return None
+        self.args.results.mkdir(parents=True, exist_ok=True)
+        name = "".join(c if c.isalnum() else "-" for c in self.record["machine"]["device"].lower()).strip("-")
+        path: Path = self.args.results / f"{name}.json"
+        temporary = path.with_suffix(".part")
+        temporary.write_text(json.dumps(self.record, indent=1) + "\n")
+        temporary.replace(path)
+        if self.path not in (None, path):  # written before the card's name was known
+            self.path.unlink(missing_ok=True)
+        self.path = path
+        return path
+
+    def _plot(self, path: Path) -> None:
+        from gpu_curve import plot
+
         try:
-            result = call()
-            found = {**asdict(result), "passed": result.passed}
-        except Exception as error:  # the others are still worth knowing
-            traceback.print_exc()
-            found = {"name": name, "passed": False, "detail": f"{type(error).__name__}: {error}"[:500]}
-        mark = "ok    " if found["passed"] else "FAILED"
-        numbers = f"error {found['error']:.1e}, bound {found['bound']:.1e}" if "error" in found else ""
-        print(f"{mark} {found['name']:<50} {numbers} {found['detail']} ({time.monotonic() - began:.1f} s)", flush=True)
-        yield found
+            plot(self.record, path)
+        except Exception as error:  # the figures are on disk
+            print(f"no plot: {type(error).__name__}: {error}")
 
 
-def _measure(device: Any, names: Any, tune: bool, left: Any) -> dict[str, Any]:
-    """Rows of every case that time is left for."""
-    import torch
-
-    import gpu_cases
-    import gpu_timing
-
-    torch.cuda.set_device(device)
-    record: dict[str, Any] = {"machine": gpu_timing.machine(device), "ceilings": gpu_timing.ceilings(device)}
-    ceilings = record["ceilings"]
-    print(json.dumps(record, indent=1))
-    record["rows"], record["left_out"], record["tuned"] = [], [], []
-    for line in gpu_cases.tune(device, left) if tune else ():
-        record["tuned"].append(line)
-        print(line, flush=True)
-    for case in gpu_cases.CASES:
-        if case.__name__ not in names:
-            continue
-        if left() < 15:
-            record["left_out"].append(f"{case.__name__}: out of time")
-            continue
-        try:
-            for row in case(device, ceilings):
-                entry = row.record(ceilings)
-                record["rows"].append(entry)
-                print(_line(entry), flush=True)
-        except Exception as error:  # as above
-            traceback.print_exc()
-            record["left_out"].append(f"{case.__name__}: {type(error).__name__}: {error}"[:500])
-        gpu_cases._latent_pages.cache_clear()
-        torch.cuda.empty_cache()
-    if "dense_and_sparse" in names:
-        contexts = [4096, 8192, 16384, 32768, 65536, 131072]
-        points = []
-        for point in gpu_cases.dense_and_sparse(device, contexts, left):
-            points.append(point)
-            print(f"{point.phase:<8} {point.context:>7}  {point.seconds_per_token * 1e6:9.2f} us a token  {point.way}")
-        record["points"] = [asdict(point) for point in points]
-        record["crossover"] = gpu_cases.crossovers(points)
-        print("sparse is quicker than every dense way from", record["crossover"])
-    for peer in ("flash_mla", "deep_gemm", "tilelang"):
-        record.setdefault("peers", {})[peer] = "installed" if _has(peer) else "not installed here"
-    for line in record["left_out"]:
-        print(f"left out: {line}")
-    return record
-
-
-def _has(name: str) -> bool:
+def _version(name: str) -> str:
+    """The installed version of a peer."""
+    import importlib.metadata
     import importlib.util
 
-    return importlib.util.find_spec(name) is not None
+    if importlib.util.find_spec(name) is None:
+        return "not installed here"
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "installed, version unknown"
 
 
 def _line(entry: dict[str, Any]) -> str:
     parts = [f"{entry['case']:<58}", f"{entry['seconds'] * 1e3:9.3f} ms"]
     parts.append(f"{entry['tflops']:7.1f} TFLOP/s" if "tflops" in entry else " " * 15)
     parts.append(f"{entry['gigabytes_per_second']:7.0f} GB/s" if "gigabytes_per_second" in entry else " " * 12)
-    parts.append(f"{entry['fraction_of_limit']:4.0%} of the limit")
+    if "fraction_of_limit" in entry:
+        parts.append(f"{entry['fraction_of_limit']:4.0%} of the limit")
     if "times_faster_than_peer" in entry:
         parts.append(f"{entry['times_faster_than_peer']:.2f} times {entry['peer']}")
     if "met" in entry:
         parts.append(f"goal {entry['goal']}: {'met' if entry['met'] else 'missed'}")
+    if "wrong" in entry:
+        parts.append(f"WRONG: {entry['wrong']} failed")
     return "  ".join(parts) + (f"  ({entry['note']})" if "note" in entry else "")
-
-
-def _write(record: dict[str, Any]) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    name = "".join(c if c.isalnum() else "-" for c in record["machine"]["device"].lower()).strip("-")
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written: {path}")
-    if record.get("points"):
-        try:
-            _plot(record, path.with_suffix(".svg"))
-        except ModuleNotFoundError as error:
-            print(f"no plot: {error.name} is not installed")
-
-
-def _plot(record: dict[str, Any], path: Path) -> None:
-    """Seconds of a token's attention against the context, dense and sparse."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2))
-    for ax, phase in zip(axes, ("prefill", "decode"), strict=True):
-        lines: dict[str, list[tuple[int, float]]] = {}
-        for point in record["points"]:
-            if point["phase"] == phase:
-                lines.setdefault(point["way"], []).append((point["context"], point["seconds_per_token"] * 1e6))
-        for way, values in lines.items():
-            ax.loglog(*zip(*values, strict=True), marker="o", label=way, base=2)
-        ax.set(title=f"{phase}, {record['machine']['device']}", xlabel="context, tokens", ylabel="us a token and layer")
-        ax.grid(True, which="both", alpha=0.3)
-        ax.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-    print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,145 @@
 """The timed cases of `gpu_all.py`: shapes of DeepSeek-V3.2, beside the limit that binds them, and beside peers.
 
 A case yields rows. The limit is what the card needs at least for a case's FLOP and bytes, at the rates that it reached
-on a product and on a copy: the larger of both.
+on a product and on a copy: the larger of both. Inputs are random: on zeros a card draws less power and runs faster.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from gpu_timing import Call, median_replayed_seconds, median_seconds, rotated
+from gpu_timing import Call, Timer
 from heedful import ops
 
-H, HI, DI, C, R, K, BLOCK = 128, 64, 128, 512, 64, 2048, 64
-DK = C + R
-SCALE = (128 + 64) ** -0.5
+BLOCK = 64
 FP8 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of the cases: heads and widths as in `heedful.ops`, T queries of a prefill, S its keys."""
+
+    H: int
+    HI: int
+    DI: int
+    C: int
+    R: int
+    K: int
+    T: int
+    S: tuple[int, int]
+    batches: tuple[int, ...]
+    index_batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    """Of the curve of dense against sparse: queries of its prefill, and sequences of its decode, follow."""
+    curve_queries: int
+    curve_batch: int
+    engine: tuple[tuple[int, ...], int, int]
+    """Batches, tokens of a prompt, tokens that are generated."""
+
+    @property
+    def DK(self) -> int:  # noqa: N802
+        """Width of a key."""
+        return self.C + self.R
+
+    @property
+    def scale(self) -> float:
+        """Factor of the logits."""
+        return (128 + self.R) ** -0.5
+
+
+FULL = Shapes(
+    128, 64, 128, 512, 64, 2048, 4096, (32768, 131072), (1, 64, 128), (1, 16, 64),
+    (4096, 8192, 16384, 32768, 65536, 131072), 512, 16, ((1, 64), 1000, 128),
+)  # fmt: skip
+SMALL = Shapes(4, 4, 32, 128, 16, 32, 8, (128, 256), (1, 2), (1, 2), (128,), 8, 2, ((1, 2), 20, 2))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and how cases run, and their inputs."""
+
+    timer: Timer
+    shapes: Shapes
+    ceilings: dict[str, float]
+    backend: str = "auto"
+
+    @property
+    def device(self) -> torch.device:
+        """Of the inputs."""
+        return self.timer.device
+
+    @property
+    def numbers(self) -> torch.dtype:
+        """What is not FP8: bfloat16, which Triton's interpreter does not multiply."""
+        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
+    def normal(self, seed: int, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Normal numbers, by default those of `numbers`."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        found = torch.randn(shape, device=self.device, generator=generator, dtype=torch.bfloat16)
+        return found.to(dtype or self.numbers)
+
+    def integers(self, seed: int, high: int, *shape: int) -> torch.Tensor:
+        """int64 numbers below `high`."""
+        return torch.randint(high, shape, device=self.device, generator=torch.Generator(self.device).manual_seed(seed))
+
+    def ones(self, *shape: int) -> torch.Tensor:
+        """float32."""
+        return torch.ones(shape, device=self.device)
+
+    def selections(self, seed: int, queries: int, keys: int) -> torch.Tensor:
+        """Distinct keys of each query, in rising order: int32 [queries, K]."""
+        k = self.shapes.K
+        stride = keys // k
+        jitter = self.integers(seed, stride, queries, k)
+        return (torch.arange(k, device=self.device) * stride + jitter).int()
+
+    def latent_pages(self, blocks: int) -> torch.Tensor:
+        """A cache of FP8 rows (656 bytes for 576/512)."""
+        s = self.shapes
+        width = s.C + 4 * -(-s.C // 128) + 2 * s.R
+        cache = torch.zeros(blocks, BLOCK, width, dtype=torch.uint8, device=self.device)
+        for first in range(0, blocks, 1024):
+            part = cache[first : first + 1024]
+            slots = torch.arange(len(part) * BLOCK, device=self.device)
+            rows = self.normal(first, len(slots), s.DK)
+            ops.write_latent_cache(rows, part, slots, value_dim=s.C, backend=self.backend)
+        return cache
+
+    def index_pages(self, blocks: int) -> torch.Tensor:
+        """A cache of FP8 index keys with their scales: [blocks, 64 * (DI + 4)] bytes."""
+        width = BLOCK * self.shapes.DI
+        cache = torch.zeros(blocks, width + BLOCK * 4, dtype=torch.uint8, device=self.device)
+        for first in range(0, blocks, 4096):
+            part = cache[first : first + 4096]
+            part[:, :width] = self.normal(first, len(part), width, dtype=FP8).view(torch.uint8)
+            scales = self.normal(first + 1, len(part), BLOCK, dtype=torch.float32).abs() + 0.5
+            part[:, width:] = scales.view(torch.uint8)
+        return cache
+
+    def sequences(self, count: int, tokens: int) -> torch.Tensor:
+        """Block tables of sequences that share nothing: int32 [count, tokens / 64], blocks shuffled."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        blocks = torch.randperm(count * tokens // BLOCK, device=self.device, generator=generator)
+        return blocks.int().view(count, -1)
+
+    def batch(self, tables: torch.Tensor, tokens: int) -> dict[str, torch.Tensor]:
+        """Sequences of one query each, all of as many tokens."""
+        B = len(tables)
+        lens = torch.full((B,), tokens, dtype=torch.int32, device=self.device)
+        starts = torch.arange(B + 1, dtype=torch.int32, device=self.device)
+        return {"block_tables": tables.contiguous(), "seq_lens": lens, "query_start_loc": starts}
+
+    def rate(self, name: str) -> float:
+        """A product rate of the ceilings; that of bfloat16 where a card has no FP8."""
+        return self.ceilings.get(f"{name}_flops", self.ceilings["bfloat16_flops"])
 
 
 @dataclass
@@ -47,374 +165,317 @@ class Row:
 
     def record(self, ceilings: dict[str, float]) -> dict[str, Any]:
         """As JSON holds it."""
-        found = {name: value for name, value in asdict(self).items() if value not in ("", None)}
-        found["fraction_of_limit"] = self.limit(ceilings) / self.seconds
+        found = {name: value for name, value in asdict(self).items() if value is not None and value != ""}
+        if self.flops or self.bytes:
+            found["fraction_of_limit"] = self.limit(ceilings) / self.seconds
         if self.flops:
             found["tflops"] = self.flops / self.seconds / 1e12
         if self.bytes:
             found["gigabytes_per_second"] = self.bytes / self.seconds / 1e9
+            found["share_of_copy"] = self.bytes / self.seconds / ceilings["copy_bytes_per_second"]
         if self.peer_seconds:
             found["times_faster_than_peer"] = self.peer_seconds / self.seconds
         return found
 
 
-Case = Callable[[torch.device, dict[str, float]], Iterator[Row]]
+def gathered_attention(q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, scale: float, C: int) -> torch.Tensor:
+    """Sparse attention as torch computes it: gather, product, softmax, product."""
+    keys = kv[indices.long()]  # [T, K, DK]
+    logits = torch.bmm(q, keys.transpose(1, 2)).mul_(scale)
+    return torch.bmm(logits.softmax(-1), keys[..., :C])
 
 
-def _generator(device: torch.device, seed: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
+def installed(name: str) -> bool:
+    """Whether a peer can be imported."""
+    return importlib.util.find_spec(name) is not None
 
 
-def _normal(device: torch.device, seed: int, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.randn(shape, device=device, generator=_generator(device, seed), dtype=torch.bfloat16).to(dtype)
+def sparse_prefill(bench: Bench) -> Iterator[Row]:
+    """T queries over K chosen keys each."""
+    s, timer = bench.shapes, bench.timer
+    for S in s.S:
 
+        def inputs(seed: int, T: int, S: int = S) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            return bench.normal(seed, T, s.H, s.DK), bench.normal(seed + 1, S, s.DK), bench.selections(seed, T, S)
 
-def _selections(device: torch.device, seed: int, queries: int, keys: int, k: int = K) -> torch.Tensor:
-    """Distinct keys of each query, in rising order: int32 [queries, k]."""
-    stride = keys // k
-    jitter = torch.randint(0, stride, (queries, k), device=device, generator=_generator(device, seed))
-    return (torch.arange(k, device=device) * stride + jitter).int()
+        def ours(seed: int, inputs: Any = inputs) -> Call:
+            q, kv, chosen = inputs(seed, s.T)
+            return partial(
+                ops.sparse_attention, q, kv, chosen, scale=s.scale, value_dim=s.C, backend=bench.backend
+            )  # fmt: skip
 
+        def gathered(seed: int, inputs: Any = inputs) -> Call:
+            return partial(gathered_attention, *inputs(seed, max(1, s.T // 64)), s.scale, s.C)
 
-def sparse_prefill(device: torch.device, ceilings: dict[str, float]) -> Iterator[Row]:
-    """4,096 queries of 128 heads over 2,048 chosen keys each."""
-    T = 4096
-    for S in (32768, 131072):
+        def flash_mla(seed: int, inputs: Any = inputs) -> Call:
+            from flash_mla import flash_mla_sparse_fwd
 
-        def make(seed: int, S: int = S) -> Call:
-            q, kv = _normal(device, seed, T, H, DK), _normal(device, seed + 1, S, DK)
-            indices = _selections(device, seed, T, S)
-            return lambda: ops.sparse_attention(q, kv, indices, scale=SCALE, value_dim=C)
+            q, kv, chosen = inputs(seed, s.T)
+            return partial(flash_mla_sparse_fwd, q, kv[:, None], chosen[:, None], s.scale)
 
-        calls = rotated(make, T * H * DK * 2, device)
-        seconds = median_seconds(calls)
-        flops = 2.0 * T * H * K * (DK + C)
-        row = Row(f"sparse prefill, 4096 x 128 heads, k 2048 of {S}", seconds, flops, goal="420 TFLOP/s")
-        row.met = flops / seconds >= 420e12
-        if importlib.util.find_spec("flash_mla"):
-            row.peer, row.peer_seconds = "FlashMLA", _flash_mla_prefill(device, T, S)
+        read = s.T * s.H * s.DK * 2.0
+        seconds = timer.median(timer.rotated(ours, read))
+        row = Row(f"sparse prefill, {s.T} x {s.H} heads, k {s.K} of {S}", seconds, 2.0 * s.T * s.H * s.K * (s.DK + s.C))
+        row.goal, row.met = "420 TFLOP/s", row.flops / seconds >= 420e12
+        if installed("flash_mla"):
+            row.peer, row.peer_seconds = "FlashMLA", timer.median(timer.rotated(flash_mla, read))
+        else:
+            row.peer = "torch: gather, bmm, softmax, bmm (a 64th of the queries, times 64)"
+            row.peer_seconds = 64 * timer.median(timer.rotated(gathered, read / 64), seconds=0.2)
         yield row
 
 
-def _flash_mla_prefill(device: torch.device, T: int, S: int) -> float:
-    import flash_mla
+def sparse_decode(bench: Bench) -> Iterator[Row]:
+    """A query a sequence over K chosen FP8 rows, launched one by one and inside a CUDA graph."""
+    s, timer = bench.shapes, bench.timer
+    blocks = max(-(-s.K // BLOCK), max(s.batches) * s.S[0] // 8 // BLOCK)
+    cache = bench.latent_pages(blocks)
+    rows_of_numbers = bench.normal(0, blocks * BLOCK, s.DK)
+    for B in s.batches:
 
-    def make(seed: int) -> Call:
-        q, kv = _normal(device, seed, T, H, DK), _normal(device, seed + 1, S, 1, DK)
-        indices = _selections(device, seed, T, S)[:, None]
-        return lambda: flash_mla.flash_mla_sparse_fwd(q, kv, indices, SCALE)
+        def inputs(seed: int, B: int = B) -> tuple[torch.Tensor, torch.Tensor]:
+            return bench.normal(seed, B, s.H, s.DK), bench.selections(seed, B, blocks * BLOCK)
 
-    return median_seconds(rotated(make, T * H * DK * 2, device))
+        def ours(seed: int, inputs: Any = inputs) -> Call:
+            common: dict[str, Any] = {"scale": s.scale, "value_dim": s.C, "cache": cache, "backend": bench.backend}
+            return partial(ops.sparse_attention_paged, *inputs(seed), **common)
 
+        def gathered(seed: int, inputs: Any = inputs) -> Call:
+            q, slots = inputs(seed)
+            return partial(gathered_attention, q, rows_of_numbers, slots, s.scale, s.C)
 
-def sparse_decode(device: torch.device, ceilings: dict[str, float]) -> Iterator[Row]:
-    """A query a sequence over 2,048 chosen rows of 656 bytes, launched one by one and inside a CUDA graph."""
-    for B in (1, 64, 128):
-        blocks = 8192 if B > 1 else 2048
-
-        def make(seed: int, B: int = B, blocks: int = blocks) -> Call:
-            cache = _latent_pages(device, blocks)
-            q, slots = _normal(device, seed, B, H, DK), _selections(device, seed, B, blocks * BLOCK)
-            return lambda: ops.sparse_attention_paged(q, slots, scale=SCALE, value_dim=C, cache=cache)
-
-        rows_bytes = B * K * 656.0
-        calls = rotated(make, int(rows_bytes), device)
-        launched, replayed = median_seconds(calls), median_replayed_seconds(calls)
-        flops, moved = 2.0 * B * H * K * (DK + C), rows_bytes + 2.0 * B * H * (DK + C)
-        row = Row(f"sparse decode FP8, batch {B}", replayed, flops, moved)
+        rows_bytes = float(B * s.K * cache.shape[2])
+        calls = timer.rotated(ours, rows_bytes)
+        launched, replayed = timer.median(calls), timer.replayed(calls)
+        row = Row(f"sparse decode FP8, batch {B}", replayed, 2.0 * B * s.H * s.K * (s.DK + s.C))
+        row.bytes = rows_bytes + 2.0 * B * s.H * (s.DK + s.C)
         row.note = f"{launched * 1e6:.1f} us launched one by one; this is a call inside a CUDA graph"
         if B == 1:
             row.goal, row.met = "under 25 us", replayed < 25e-6
         else:
             row.goal = "300 TFLOP/s or 75 % of copy bandwidth, whichever binds"
-            wanted = max(flops / 300e12, moved / (0.75 * ceilings["copy_bytes_per_second"]))
+            wanted = max(row.flops / 300e12, row.bytes / (0.75 * bench.ceilings["copy_bytes_per_second"]))
             row.met = replayed <= wanted
+        row.peer = "torch: gather, bmm, softmax, bmm (bfloat16 rows)"
+        row.peer_seconds = timer.replayed(timer.rotated(gathered, B * s.K * s.DK * 2.0))
         yield row
 
 
-@functools.cache
-def _latent_pages(device: torch.device, blocks: int) -> torch.Tensor:
-    """A cache of 656-byte rows; shared, because calls read other rows of it."""
-    cache = torch.zeros(blocks, BLOCK, 656, dtype=torch.uint8, device=device)
-    for first in range(0, blocks, 1024):
-        slots = torch.arange(first * BLOCK, min(first + 1024, blocks) * BLOCK, device=device)
-        ops.write_latent_cache(_normal(device, first, len(slots), DK), cache, slots, value_dim=C)
-    return cache
+def index_prefill(bench: Bench) -> Iterator[Row]:
+    """Scores of T queries of FP8 heads over S FP8 keys, all visible."""
+    s, timer, S = bench.shapes, bench.timer, bench.shapes.S[-1]
 
+    def inputs(seed: int) -> tuple[torch.Tensor, ...]:
+        q, k = bench.normal(seed, s.T, s.HI, s.DI, dtype=FP8), bench.normal(seed + 1, S, s.DI, dtype=FP8)
+        return q, k, bench.normal(seed, s.T, s.HI, dtype=torch.float32), bench.ones(S)
 
-def index_prefill(device: torch.device, ceilings: dict[str, float]) -> Iterator[Row]:
-    """Scores of 4,096 queries of 64 FP8 heads over 131,072 FP8 keys, all visible."""
-    T, S = 4096, 131072
+    def ours(seed: int) -> Call:
+        q, k, weights, scale = inputs(seed)
+        last = torch.full((s.T,), S - 1, device=bench.device)
+        return partial(ops.index_scores, q, k, weights, q_positions=last, k_scale=scale, backend=bench.backend)
 
-    def make(seed: int) -> Call:
-        q, k = _normal(device, seed, T, HI, DI, dtype=FP8), _normal(device, seed + 1, S, DI, dtype=FP8)
-        weights = _normal(device, seed, T, HI, dtype=torch.float32)
-        scale = torch.ones(S, device=device)
-        positions = torch.full((T,), S - 1, device=device)
-        return lambda: ops.index_scores(q, k, weights, q_positions=positions, k_scale=scale)
+    def deep_gemm(seed: int) -> Call:
+        from deep_gemm import fp8_mqa_logits
 
-    seconds = median_seconds(rotated(make, T * HI * DI + S * DI, device))
-    flops = 2.0 * T * HI * DI * S
-    row = Row("index scores FP8, 4096 x 131072, 64 heads", seconds, flops, T * S * 4.0, "fp8")
-    row.goal = "55 % of the measured FP8 product rate"
-    rate = ceilings.get("fp8_flops", ceilings["bfloat16_flops"])
-    row.met = flops / seconds >= 0.55 * rate
-    if importlib.util.find_spec("deep_gemm"):
-        row.peer, row.peer_seconds = "DeepGEMM", _deep_gemm_logits(device, T, S)
+        q, k, weights, scale = inputs(seed)
+        start, end = (torch.full((s.T,), value, dtype=torch.int32, device=bench.device) for value in (0, S))
+        return partial(fp8_mqa_logits, q, (k, scale), weights, start, end, clean_logits=False)
+
+    read = float(s.T * s.HI * s.DI + S * s.DI)
+    seconds = timer.median(timer.rotated(ours, read))
+    row = Row(f"index scores FP8, {s.T} x {S}, {s.HI} heads", seconds, 2.0 * s.T * s.HI * s.DI * S, products="fp8")
+    row.bytes, row.goal = s.T * S * 4.0, "55 % of the measured FP8 product rate"
+    row.met = row.flops / seconds >= 0.55 * bench.rate("fp8")
+    row.note = f"{row.flops / seconds / bench.rate('fp8'):.0%} of the measured FP8 product rate"
+    if installed("deep_gemm"):
+        row.peer, row.peer_seconds = "DeepGEMM", timer.median(timer.rotated(deep_gemm, read))
     yield row
 
 
-def _deep_gemm_logits(device: torch.device, T: int, S: int) -> float:
-    import deep_gemm
-
-    def make(seed: int) -> Call:
-        q, k = _normal(device, seed, T, HI, DI, dtype=FP8), _normal(device, seed + 1, S, DI, dtype=FP8)
-        weights, scale = _normal(device, seed, T, HI, dtype=torch.float32), torch.ones(S, device=device)
-        start, end = (torch.full((T,), value, dtype=torch.int32, device=device) for value in (0, S))
-        return lambda: deep_gemm.fp8_mqa_logits(q, (k, scale), weights, start, end, clean_logits=False)
-
-    return median_seconds(rotated(make, T * HI * DI + S * DI, device))
-
-
-def index_decode(device: torch.device, ceilings: dict[str, float]) -> Iterator[Row]:
+def index_decode(bench: Bench) -> Iterator[Row]:
     """Scores of one query a sequence over pages of FP8 keys: bound by reading them."""
-    S = 131072
-    for B in (1, 16, 64):
-        blocks = B * S // BLOCK
-        cache = torch.zeros(blocks, BLOCK * (DI + 4), dtype=torch.uint8, device=device)
-        batch = {
-            "block_tables": torch.randperm(blocks, device=device).int().view(B, -1),
-            "seq_lens": torch.full((B,), S, dtype=torch.int32, device=device),
-            "query_start_loc": torch.arange(B + 1, dtype=torch.int32, device=device),
-        }
+    s, timer, S = bench.shapes, bench.timer, bench.shapes.S[-1]
+    most = max(s.index_batches)
+    cache, sequences = bench.index_pages(most * S // BLOCK), bench.sequences(most, S)
+    for B in s.index_batches:
+        groups = sequences.split(B)
 
-        def make(seed: int, B: int = B, cache: torch.Tensor = cache, batch: dict[str, torch.Tensor] = batch) -> Call:
-            q = _normal(device, seed, B, HI, DI, dtype=FP8)
-            weights = _normal(device, seed, B, HI, dtype=torch.float32)
-            return lambda: ops.index_scores_paged(q, weights, cache=cache, max_seq_len=S, **batch)
+        def ours(seed: int, B: int = B, groups: Any = groups) -> Call:
+            q, weights = bench.normal(seed, B, s.HI, s.DI, dtype=FP8), bench.normal(seed, B, s.HI, dtype=torch.float32)
+            batch = bench.batch(groups[seed % len(groups)], S)
+            common: dict[str, Any] = {"cache": cache, "max_seq_len": S, "backend": bench.backend}
+            return partial(ops.index_scores_paged, q, weights, **common, **batch)
 
-        # One cache of B = 1 fits the second-level cache; what a server reads next does not lie there.
-        calls = rotated(make, B * S * (DI + 4), device) if B > 1 else [make(seed) for seed in range(2)]
-        seconds = median_replayed_seconds(calls)
-        row = Row(f"index scores FP8 over pages, batch {B} x {S}", seconds, 2.0 * B * HI * DI * S, products="fp8")
-        row.bytes = B * S * (DI + 4.0) + 4.0 * B * S
-        row.goal = "75 % of copy bandwidth"
-        row.met = row.bytes / seconds >= 0.75 * ceilings["copy_bytes_per_second"]
-        if B == 1:
-            row.note = "its 17 MB of keys may lie in the second-level cache"
+        read = B * S * (s.DI + 4.0)
+        seconds = timer.replayed(timer.rotated(ours, read))
+        row = Row(f"index scores FP8 over pages, batch {B} x {S}", seconds, 2.0 * B * s.HI * s.DI * S, products="fp8")
+        row.bytes, row.goal = read + 4.0 * B * S, "75 % of copy bandwidth"
+        row.met = row.bytes / seconds >= 0.75 * bench.ceilings["copy_bytes_per_second"]
         yield row
 
 
-def top_k(device: torch.device, ceilings: dict[str, float]) -> Iterator[Row]:
-    """2,048 of 131,072 scores in each of 4,096 rows, beside torch.topk."""
-    T, S = 4096, 131072
-
-    def scores(seed: int) -> torch.Tensor:
-        return _normal(device, seed, T, S, dtype=torch.float32)
-
-    one = scores(0)  # 2 GiB: no cache holds it
+def top_k(bench: Bench) -> Iterator[Row]:
+    """K of S scores in each of T rows, beside torch.topk and the time of reading them once."""
+    s, timer, S = bench.shapes, bench.timer, bench.shapes.S[-1]
+    one = bench.normal(0, s.T, S, dtype=torch.float32)  # 2 GiB: no cache holds it
     for sorted_ in (True, False):
-        seconds = median_seconds([lambda s=sorted_: ops.top_k(one, K, sorted=s)])
-        row = Row(f"top_k 2048 of {S}, 4096 rows, sorted={sorted_}", seconds, bytes=4.0 * T * S)
-        row.goal = "60 % of copy bandwidth, counting one read; 4 times torch.topk"
-        row.peer = "torch.topk"
-        row.peer_seconds = median_seconds([lambda s=sorted_: torch.topk(one, K, sorted=s)], seconds=0.2)
-        fast = row.bytes / seconds >= 0.6 * ceilings["copy_bytes_per_second"]
+        ours = partial(ops.top_k, one, s.K, sorted=sorted_, backend=bench.backend)
+        seconds = timer.median([ours])
+        row = Row(f"top_k {s.K} of {S}, {s.T} rows, sorted={sorted_}", seconds, bytes=4.0 * s.T * S)
+        row.goal, row.peer = "60 % of copy bandwidth, counting one read; 4 times torch.topk", "torch.topk"
+        row.peer_seconds = timer.median([partial(torch.topk, one, s.K, sorted=sorted_)], seconds=0.2)
+        fast = row.bytes / seconds >= 0.6 * bench.ceilings["copy_bytes_per_second"]
         row.met = fast and row.peer_seconds >= 4 * seconds
         yield row
-    few = one[:64]
-    seconds = median_replayed_seconds([lambda: ops.top_k(few, K)])
-    row = Row(f"top_k 2048 of {S}, 64 rows", seconds, bytes=4.0 * 64 * S, peer="torch.topk")
-    row.peer_seconds = median_seconds([lambda: torch.topk(few, K)], seconds=0.2)
-    yield row
-
-
-def fused_top_k(device: torch.device, ceilings: dict[str, float]) -> Iterator[Row]:
-    """Scoring and selection in one, beside the two calls with their 2 GiB of scores between."""
-    T = 4096
-    for S in (32768, 131072):
-
-        def inputs(S: int = S) -> tuple[Any, ...]:
-            q, k = _normal(device, 1, T, HI, DI, dtype=FP8), _normal(device, 2, S, DI, dtype=FP8)
-            return q, k, _normal(device, 3, T, HI, dtype=torch.float32), torch.ones(S, device=device)
-
-        q, k, weights, scale = inputs()
-        fused = median_seconds([lambda: ops.index_top_k(q, k, weights, K, k_scale=scale, sorted=False)])  # noqa: B023
-        two = median_seconds(
-            [lambda: ops.top_k(ops.index_scores(q, k, weights, k_scale=scale), K, sorted=False)]  # noqa: B023
-        )
-        flops = 2.0 * T * HI * DI * (S - T / 2)
-        row = Row(f"index_top_k FP8, 4096 x {S}, causal", fused, flops, products="fp8")
-        row.goal, row.peer, row.peer_seconds = "not slower; 1.2 times at 131072", "the two calls", two
-        row.met = two >= (1.2 if S == 131072 else 1.0) * fused
+    for few in (1, 64):
+        parts = one[: 8 * few].split(few)
+        seconds = timer.replayed([partial(ops.top_k, part, s.K, backend=bench.backend) for part in parts])
+        row = Row(f"top_k {s.K} of {S}, {few} rows", seconds, bytes=4.0 * few * S, peer="torch.topk")
+        row.peer_seconds = timer.median([partial(torch.topk, part, s.K) for part in parts], seconds=0.2)
         yield row
 
 
-CASES: tuple[Case, ...] = (sparse_prefill, sparse_decode, index_prefill, index_decode, top_k, fused_top_k)
+def fused_top_k(bench: Bench) -> Iterator[Row]:
+    """Scoring and selection in one, beside the two calls with their scores between."""
+    s, timer = bench.shapes, bench.timer
+    for S in s.S:
+
+        def inputs(seed: int, S: int = S) -> tuple[torch.Tensor, ...]:
+            q, k = bench.normal(seed, s.T, s.HI, s.DI, dtype=FP8), bench.normal(seed + 1, S, s.DI, dtype=FP8)
+            return q, k, bench.normal(seed + 2, s.T, s.HI, dtype=torch.float32)
+
+        def fused(seed: int, inputs: Any = inputs, S: int = S) -> Call:
+            common: dict[str, Any] = {"k_scale": bench.ones(S), "sorted": False, "backend": bench.backend}
+            return partial(ops.index_top_k, *inputs(seed), s.K, **common)
+
+        def two(seed: int, inputs: Any = inputs, S: int = S) -> Call:
+            scoring = partial(ops.index_scores, *inputs(seed), k_scale=bench.ones(S), backend=bench.backend)
+            return lambda: ops.top_k(scoring(), s.K, sorted=False, backend=bench.backend)
+
+        read = float(s.T * s.HI * s.DI + S * s.DI)
+        seconds = timer.median(timer.rotated(fused, read))
+        flops = 2.0 * s.T * s.HI * s.DI * (S - s.T / 2)
+        row = Row(f"index_top_k FP8, {s.T} x {S}, causal", seconds, flops, products="fp8")
+        last = s.S[-1]
+        row.goal, row.peer = f"not slower; 1.2 times at {last}", "the two calls"
+        row.peer_seconds = timer.median(timer.rotated(two, read))
+        row.met = row.peer_seconds >= (1.2 if last == S else 1.0) * seconds
+        yield row
 
 
-# -- dense against sparse ----------------------------------------------------------------------------------------------
+def decode_layer(bench: Bench) -> Iterator[Row]:
+    """All that an attention layer of a decoding step does with the caches, in a CUDA graph: writes, selection over the
+    whole context and attention, with FP8 caches."""
+    s, timer, S = bench.shapes, bench.timer, bench.shapes.S[-1]
+    most = max(s.index_batches)
+    blocks = most * S // BLOCK
+    latent, index, sequences = bench.latent_pages(blocks), bench.index_pages(blocks), bench.sequences(most, S)
+    for B in s.index_batches:
+        groups = sequences.split(B)
+
+        def step(seed: int, B: int = B, groups: Any = groups) -> Call:
+            q, qi = bench.normal(seed, B, s.H, s.DK), bench.normal(seed, B, s.HI, s.DI, dtype=FP8)
+            weights = bench.normal(seed, B, s.HI, dtype=torch.float32)
+            rows, keys = bench.normal(seed, B, s.DK), bench.normal(seed, B, s.DI)
+            batch = bench.batch(groups[seed % len(groups)], S)
+            slots = batch["block_tables"][:, -1].long() * BLOCK + BLOCK - 1
+            on: dict[str, Any] = {"backend": bench.backend}
+            pages = index.view(blocks, BLOCK, -1)
+
+            def run() -> object:
+                ops.write_latent_cache(rows, latent, slots, value_dim=s.C, **on)
+                ops.write_index_cache(keys, pages, slots, hadamard=True, **on)
+                chosen = ops.index_top_k_paged(
+                    qi, weights, s.K, cache=index, max_seq_len=S, sorted=False, **batch, **on
+                )  # fmt: skip
+                return ops.sparse_attention_paged(
+                    q, chosen, scale=s.scale, value_dim=s.C, cache=latent, **batch, **on
+                )  # fmt: skip
+
+            return run
+
+        read = B * S * (s.DI + 4.0)
+        seconds = timer.replayed(timer.rotated(step, read))
+        row = Row(f"attention layer of a decoding step, batch {B} x {S}", seconds, 2.0 * B * s.HI * s.DI * S)
+        row.products, row.bytes = "fp8", read + float(B * s.K * latent.shape[2])
+        row.note = "cache writes, selection and attention, in a CUDA graph"
+        yield row
 
 
-@dataclass
-class Point:
-    """Seconds of attention for a token, in one layer, at one context."""
+def engine_decode(bench: Bench) -> Iterator[Row]:
+    """Decoding with the built-in model: launches dominate it, so it shows what graphs save."""
+    from heedful import LLM, SamplingParams
 
-    phase: str
-    way: str
-    context: int
-    seconds_per_token: float
-
-
-def dense_and_sparse(device: torch.device, contexts: list[int], left: Callable[[], float]) -> Iterator[Point]:
-    """Attention of a layer, dense by torch's best ways and sparse with its index scoring, for prefill and decode.
-
-    Prefill times the last 512 queries of the context; decode times 16 sequences of one query.
-    """
-    for S in contexts:
-        if left() < 20:
-            return
-        yield from _prefill_points(device, S, min(512, S))
-        yield from _decode_points(device, S, 16)
-        torch.cuda.empty_cache()
-
-
-def _try(call: Call) -> float | None:
-    """Median seconds, or None where the way does not serve these shapes or this memory."""
-    try:
-        return median_seconds([call], seconds=0.15)
-    except (RuntimeError, ValueError) as error:
-        print(f"  not served: {str(error).partition(chr(10))[0][:140]}")
-        torch.cuda.empty_cache()
-        return None
+    batches, prompt_tokens, generated = bench.shapes.engine
+    params = SamplingParams(temperature=0.0, max_tokens=generated + 1, ignore_eos=True)
+    options: dict[str, Any] = {"kv_cache_tokens": max(batches) * (prompt_tokens + generated + 65)}
+    options |= {"max_num_seqs": max(batches), "max_model_len": prompt_tokens + generated + 1}
+    options |= {"device": str(bench.device), "backend": bench.backend, "enable_prefix_caching": False}
+    options["dtype"] = "float32" if bench.device.type == "cpu" else "bfloat16"
+    for eager in (False, True):
+        llm = LLM(enforce_eager=eager, **options)
+        for B in batches:
+            prompts = bench.integers(B, 1000, B, prompt_tokens).add_(10).tolist()
+            rates: list[float] = []
+            for _ in range(2):  # the first run warms up
+                outputs = llm.generate(prompts, params, progress=False)
+                rates = [output.metrics.decode_tokens_per_second or 0.0 for output in outputs]
+            rate = statistics.median(rates)
+            kind = "launched kernel by kernel" if eager else "CUDA graphs"
+            row = Row(f"engine decode, built-in model, batch {B}, {kind}", 1 / rate)
+            row.note = f"a step; {B * rate:,.0f} tokens/s in all"
+            yield row
 
 
-def _prefill_points(device: torch.device, S: int, T: int) -> Iterator[Point]:
-    q, kv = _normal(device, 1, T, H, DK), _normal(device, 2, S, DK)
-    qi, ki = _normal(device, 3, T, HI, DI, dtype=FP8), _normal(device, 4, S, DI, dtype=FP8)
-    weights, scale = _normal(device, 5, T, HI, dtype=torch.float32), torch.ones(S, device=device)
-
-    def sparse() -> object:
-        chosen = ops.index_top_k(qi, ki, weights, min(K, S), k_scale=scale, sorted=False)
-        return ops.sparse_attention(q, kv, chosen, scale=SCALE, value_dim=C)
-
-    ways: dict[str, Call] = {"sparse": sparse}
-    if S <= 65536 or torch.cuda.mem_get_info(device)[0] > 40 * 2**30:
-        ways["dense, MHA (SDPA)"] = _mha(device, S, T)
-    ways["dense, absorbed (heedful)"] = lambda: ops.dense_attention(q, kv, scale=SCALE, value_dim=C)
-    for way, call in ways.items():
-        if (seconds := _try(call)) is not None:
-            yield Point("prefill", way, S, seconds / T)
-
-
-def _mha(device: torch.device, S: int, T: int) -> Call:
-    """SDPA over keys and values expanded for each head, without the cost of expanding them."""
-    q = _normal(device, 1, 1, H, T, 192)
-    k, v = _normal(device, 2, 1, H, S, 192), _normal(device, 3, 1, H, S, 128)
-    if T == S:
-        return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE)
-    # The last rows of a causal mask see nearly everything: without a mask the quickest kernels serve.
-    return lambda: F.scaled_dot_product_attention(q, k, v, scale=SCALE)
-
-
-def _decode_points(device: torch.device, S: int, B: int) -> Iterator[Point]:
-    blocks = B * S // BLOCK
-    batch = {
-        "block_tables": torch.randperm(blocks, device=device).int().view(B, -1),
-        "seq_lens": torch.full((B,), S, dtype=torch.int32, device=device),
-        "query_start_loc": torch.arange(B + 1, dtype=torch.int32, device=device),
-    }
-    index_cache = torch.zeros(blocks, BLOCK * (DI + 4), dtype=torch.uint8, device=device)
-    latent = torch.zeros(blocks, BLOCK, DK, dtype=torch.bfloat16, device=device)
-    q, qi = _normal(device, 1, B, H, DK), _normal(device, 2, B, HI, DI, dtype=FP8)
-    weights = _normal(device, 3, B, HI, dtype=torch.float32)
-    common: dict[str, Any] = {"scale": SCALE, "value_dim": C, "cache": latent}
-
-    def sparse() -> object:
-        chosen = ops.index_top_k_paged(
-            qi, weights, min(K, S), cache=index_cache, max_seq_len=S, sorted=False, **batch
-        )  # fmt: skip
-        return ops.sparse_attention_paged(q, chosen, **common, **batch)
-
-    rows = latent.view(B, S, DK)
-
-    def absorbed() -> object:
-        logits = torch.einsum("bhd,bsd->bhs", q, rows).mul_(SCALE)
-        return torch.einsum("bhs,bsc->bhc", logits.softmax(-1), rows[..., :C])
-
-    ways: dict[str, Call] = {
-        "sparse": sparse,
-        "dense, absorbed (torch)": absorbed,
-        "dense, absorbed (heedful)": lambda: ops.dense_attention_paged(q, **common, **batch),
-    }
-    for way, call in ways.items():
-        if (seconds := _try(call)) is not None:
-            yield Point("decode", way, S, seconds / B)
-
-
-def crossovers(points: list[Point]) -> dict[str, str]:
-    """The first context at which sparse is quicker than every dense way, for each phase."""
-    found = {}
-    for phase in ("prefill", "decode"):
-        at: dict[int, dict[str, float]] = {}
-        for point in points:
-            if point.phase == phase:
-                at.setdefault(point.context, {})[point.way] = point.seconds_per_token
-        wins = [
-            context
-            for context, ways in sorted(at.items())
-            if len(ways) > 1 and "sparse" in ways and ways["sparse"] <= min(t for w, t in ways.items() if w != "sparse")
-        ]
-        found[phase] = f"{wins[0]} tokens" if wins else "not reached"
-    return found
+Case = Callable[[Bench], Iterator[Row]]
+CASES: tuple[Case, ...] = (
+    sparse_prefill,
+    index_prefill,
+    sparse_decode,
+    index_decode,
+    fused_top_k,
+    top_k,
+    decode_layer,
+    engine_decode,
+)
 
 
 # -- tuning ------------------------------------------------------------------------------------------------------------
 
 
-def tune(device: torch.device, left: Callable[[], float]) -> Iterator[str]:
-    """Measures configurations for the shapes above and keeps them, so that what follows is timed with the quickest."""
+def tuning_steps(bench: Bench) -> dict[str, Call]:
+    """Measurements of configurations for the shapes above, by name; each keeps the quickest in the tables."""
     from heedful.kernels import index_scores, index_top_k, sparse_attention
     from heedful.kernels import top_k as selection
     from heedful.kernels.rows import Rows
 
-    def contiguous(T: int, S: int) -> index_scores.Scoring:
-        q, k = _normal(device, 1, T, HI, DI, dtype=FP8), _normal(device, 2, S, DI, dtype=FP8)
-        ends = torch.arange(S - T + 1, S + 1, dtype=torch.int32, device=device)
-        weights = _normal(device, 3, T, HI, dtype=torch.float32)
-        return index_scores.Scoring.contiguous(q, k, weights, None, ends, torch.ones(S, device=device))
+    s, device, long = bench.shapes, bench.device, bench.shapes.S[-1]
 
-    def paged(B: int, S: int) -> index_scores.Scoring:
-        cache = torch.zeros(B * S // BLOCK, BLOCK * (DI + 4), dtype=torch.uint8, device=device)
-        tables = torch.randperm(len(cache), device=device).int().view(B, -1)
-        lens, starts = torch.full((B,), S, dtype=torch.int32, device=device), torch.arange(B + 1, device=device).int()
-        q, weights = _normal(device, 1, B, HI, DI, dtype=FP8), _normal(device, 2, B, HI, dtype=torch.float32)
-        return index_scores.Scoring.paged(q, weights, cache, tables, lens, starts, S)
+    def contiguous(S: int) -> index_scores.Scoring:
+        q, k = bench.normal(1, s.T, s.HI, s.DI, dtype=FP8), bench.normal(2, S, s.DI, dtype=FP8)
+        ends = torch.arange(S - s.T + 1, S + 1, dtype=torch.int32, device=device)
+        weights = bench.normal(3, s.T, s.HI, dtype=torch.float32)
+        return index_scores.Scoring.contiguous(q, k, weights, None, ends, bench.ones(S))
 
-    steps: list[tuple[str, Call]] = [
-        (f"index_top_k 4096 x {S}", lambda S=S: index_top_k.warm_up(contiguous(4096, S), K)) for S in (32768, 131072)
-    ]
-    steps.append(("index_scores 4096 x 131072", lambda: index_scores.warm_up(contiguous(4096, 131072))))
-    for B in (1, 16, 64):
-        steps.append((f"index_scores over pages, {B}", lambda B=B: index_scores.warm_up(paged(B, 131072))))
-        steps.append((f"index_top_k over pages, {B}", lambda B=B: index_top_k.warm_up(paged(B, 131072), K)))
+    def paged(B: int) -> index_scores.Scoring:
+        cache, batch = bench.index_pages(B * long // BLOCK), bench.batch(bench.sequences(B, long), long)
+        q, weights = bench.normal(1, B, s.HI, s.DI, dtype=FP8), bench.normal(2, B, s.HI, dtype=torch.float32)
+        return index_scores.Scoring.paged(q, weights, cache, *batch.values(), long)
 
-    def attention(T: int, rows: Rows) -> object:
-        return sparse_attention.warm_up(_normal(device, 1, T, H, DK), rows, _selections(device, 2, T, 32768))
+    def attention(T: int, coded: bool) -> object:
+        S = s.S[0]
+        rows = bench.latent_pages(S // BLOCK) if coded else bench.normal(1, S, s.DK)
+        held = Rows.pages(rows, s.DK, s.C) if coded else Rows.contiguous(rows, s.C, None)
+        return sparse_attention.warm_up(bench.normal(2, T, s.H, s.DK), held, bench.selections(2, T, S))
 
-    steps.append(
-        ("sparse_attention 4096", lambda: attention(4096, Rows.contiguous(_normal(device, 1, 32768, DK), C, None)))
-    )
-    steps += [
-        (f"sparse_attention FP8, {B}", lambda B=B: attention(B, Rows.pages(_latent_pages(device, 512), DK, C)))
-        for B in (1, 64, 128)
-    ]
-    for T in (4096, 64):
-        scores = functools.partial(_normal, device, 1, T, 131072, dtype=torch.float32)
-        steps.append((f"top_k of {T} rows", lambda scores=scores: selection.warm_up(scores(), K)))
-    for name, measure in steps:
-        if left() < 240:
-            yield f"{name}: left out, for want of time"
-            continue
-        yield f"{name}: {measure()}"
-        torch.cuda.empty_cache()
+    steps: dict[str, Call] = {f"sparse_attention {s.T}": lambda: attention(s.T, False)}
+    steps |= {f"sparse_attention FP8, {B}": lambda B=B: attention(B, True) for B in s.batches}
+    steps[f"index_scores {s.T} x {long}"] = lambda: index_scores.warm_up(contiguous(long))
+    steps |= {f"index_top_k {s.T} x {S}": lambda S=S: index_top_k.warm_up(contiguous(S), s.K) for S in s.S}
+    for B in s.index_batches:
+        steps[f"index_scores over pages, {B}"] = lambda B=B: index_scores.warm_up(paged(B))
+        steps[f"index_top_k over pages, {B}"] = lambda B=B: index_top_k.warm_up(paged(B), s.K)
+    for T in (s.T, 64):
+        rows = partial(bench.normal, 1, T, long, dtype=torch.float32)
+        steps[f"top_k of {T} rows"] = lambda rows=rows: selection.warm_up(rows(), s.K)
+    return steps

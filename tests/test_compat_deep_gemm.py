@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from heedful import ops
 from heedful.compat.deep_gemm import (
+    fp8_fp4_mqa_logits,
+    fp8_fp4_paged_mqa_logits,
     fp8_mqa_logits,
     fp8_paged_mqa_logits,
     get_num_sms,
@@ -20,6 +23,21 @@ from heedful.compat.deep_gemm import (
 
 E4M3 = torch.float8_e4m3fn
 INT = torch.int32
+
+
+def test_parameters_have_the_names_and_places_that_callers_use() -> None:
+    contiguous = "q kv weights cu_seq_len_k_start cu_seq_len_k_end clean_logits max_seqlen_k"
+    paged = "q kv_cache weights context_lens block_table schedule_meta max_context_len clean_logits"
+    names = {
+        fp8_mqa_logits: contiguous,
+        fp8_paged_mqa_logits: paged + " indices",
+        fp8_fp4_mqa_logits: contiguous + " logits_dtype schedule_meta",
+        fp8_fp4_paged_mqa_logits: paged + " logits_dtype indices",
+        get_paged_mqa_logits_metadata: "context_lens block_kv num_sms indices",
+    }
+    for function, expected in names.items():
+        parameters = inspect.signature(function).parameters.values()
+        assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == expected.split()
 
 
 def scores(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -65,38 +83,79 @@ def test_prefill_scores_of_ranges(T: int, S: int, heads: int, dim: int, shifted:
         torch.testing.assert_close(logits.double(), want, atol=1e-3, rtol=1e-4)
 
 
-def pages(keys: torch.Tensor, blocks: int, slots: torch.Tensor) -> torch.Tensor:
-    cache = torch.zeros(blocks, 64, 1, keys.shape[1] + 4, dtype=torch.uint8)
-    ops.write_index_cache(keys, cache[:, :, 0], slots)
-    return cache
+def pages(keys: torch.Tensor, size: int, gap: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks of `size` keys that stand `gap` bytes apart, written here by hand, and the keys they hold."""
+    blocks, dim = len(keys) // size, keys.shape[1]
+    codes, scale = quantized(keys)
+    cache = torch.full((blocks, size * (dim + 4) + gap), 77, dtype=torch.uint8)[:, : size * (dim + 4)]
+    cache[:, : size * dim] = codes.view(torch.uint8).view(blocks, -1)
+    cache[:, size * dim :] = scale.view(blocks, size).view(torch.uint8)
+    return cache.view(blocks, size, 1, dim + 4), codes.float() * scale[:, None]
 
 
-@pytest.mark.parametrize("next_n", [1, 2])
-@pytest.mark.parametrize("each", [False, True])
-def test_decoding_scores_over_pages(next_n: int, each: bool) -> None:
-    torch.manual_seed(0)
-    batch, heads, dim, columns = 3, 4, 32, 200
-    keys, table = torch.randn(384, dim), torch.tensor([[2, 0, 5], [1, 3, 0], [4, 0, 0]], dtype=INT)
-    cache = pages(keys, 6, torch.arange(384))
-    flat = cache.view(6, -1)
-    codes = flat[:, : 64 * dim].reshape(-1, dim).view(E4M3).float()
-    values = codes * flat[:, 64 * dim :].contiguous().view(torch.float32).reshape(-1, 1)
-    q, weights = torch.randn(batch, next_n, heads, dim).to(E4M3), torch.randn(batch * next_n, heads)
-    lens = torch.tensor([150, 64, 0], dtype=INT)
+@settings(deadline=None, max_examples=60)
+@given(
+    size=st.sampled_from([(64, 0), (64, 16), (32, 0), (16, 4), (1, 0), (128, 0), (256, 512)]),
+    batch=st.integers(1, 3),
+    next_n=st.integers(1, 3),
+    heads=st.sampled_from([1, 3, 16]),
+    dim=st.sampled_from([32, 128]),
+    options=st.tuples(st.booleans(), st.booleans()),
+    seed=st.integers(0, 2**32),
+)
+def test_decoding_scores_over_pages(
+    size: tuple[int, int], batch: int, next_n: int, heads: int, dim: int, options: tuple[bool, bool], seed: int
+) -> None:
+    each, pair = options
+    generator = torch.Generator().manual_seed(seed)
+    columns, most = 200, -(-192 // size[0])
+    blocks = batch * most + 1
+    cache, values = pages(torch.randn(blocks * size[0], dim, generator=generator), *size)
+    table = torch.randperm(blocks, generator=generator)[: batch * most].view(batch, most).to(INT)
+    q = torch.randn(batch, next_n, heads, dim, generator=generator).to(E4M3)
+    weights = torch.randn(batch * next_n, heads, generator=generator)
+    lens = torch.randint(0, 193, (batch,), generator=generator, dtype=INT)
     seen = lens[:, None] - next_n + 1 + torch.arange(next_n)
     if each:
-        seen = torch.stack([lens // 2, lens], dim=1)[:, 2 - next_n :].to(INT).contiguous()
-    metadata = get_paged_mqa_logits_metadata(seen if each else lens, 64, get_num_sms())
-    logits = fp8_paged_mqa_logits(q, cache, weights, seen if each else lens, table, metadata, columns)
+        seen = torch.randint(0, 193, (batch, next_n), generator=generator, dtype=INT)
+    lens = seen if each else lens
+    for row in range(batch):  # what lies behind a sequence's blocks is not looked at
+        table[row, -(-int(lens[row].max()) // size[0]) :] = -5
+    metadata = get_paged_mqa_logits_metadata(lens, size[0], get_num_sms())
+    if pair:
+        logits = fp8_fp4_paged_mqa_logits((q, None), cache, weights, lens, table, metadata, columns)
+    else:
+        hint = torch.arange(batch, dtype=INT)
+        logits = fp8_paged_mqa_logits(q, cache, weights, lens, table, metadata, columns, indices=hint)
     assert logits.shape == (batch * next_n, columns)
     for i in range(batch):
-        rows = values.view(6, 64, dim)[table[i].long()].flatten(0, 1)
+        rows = values.view(blocks, size[0], dim)[table[i].clamp(0).long()].flatten(0, 1)
         want = scores(q[i].float(), rows, weights[i * next_n : (i + 1) * next_n])
         for j in range(next_n):
             count = max(0, int(seen[i, j]))
             got = logits[i * next_n + j]
             torch.testing.assert_close(got[:count].double(), want[j, :count], atol=1e-3, rtol=1e-4)
             assert got[count:].isneginf().all()
+
+
+def test_pages_that_the_caches_of_ops_hold() -> None:
+    keys, cache = torch.randn(256, 32), torch.zeros(4, 64, 1, 36, dtype=torch.uint8)
+    ops.write_index_cache(keys, cache[:, :, 0], torch.arange(256))
+    assert torch.equal(cache, pages(keys, 64, 0)[0])
+
+
+def test_pairs_and_narrow_numbers() -> None:
+    q, (k, scale) = torch.randn(5, 4, 32).to(E4M3), quantized(torch.randn(20, 32))
+    weights, starts, ends = torch.randn(5, 4).bfloat16(), torch.zeros(5, dtype=INT), torch.arange(15, 20, dtype=INT)
+    want = fp8_mqa_logits(q, (k, scale), weights.float(), starts, ends)
+    got = fp8_fp4_mqa_logits((q, None), (k, scale), weights, starts, ends, logits_dtype=torch.bfloat16)
+    torch.testing.assert_close(got, want.bfloat16(), atol=0, rtol=0)
+    with pytest.raises(ValueError, match=r"q\[1\]: expected None \(codes of four bits are not served\), got Tensor"):
+        fp8_fp4_mqa_logits((q, torch.ones(5, 4)), (k, scale), weights, starts, ends)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="q: expected a pair of codes and None, got Tensor"):
+        fp8_fp4_mqa_logits(q, (k, scale), weights, starts, ends)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="logits_dtype: expected"):
+        fp8_fp4_mqa_logits((q, None), (k, scale), weights, starts, ends, logits_dtype=torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +165,7 @@ def test_decoding_scores_over_pages(next_n: int, each: bool) -> None:
         ({"kv": torch.zeros(5, 4)}, "kv: expected keys and their scales, got Tensor"),
         ({"kv": (torch.zeros(5, 3), torch.ones(5))}, "kv[0]: expected"),
         ({"kv": (torch.zeros(5, 4), torch.ones(4))}, "kv[1]: expected float32 [seq_len_kv=5], got float32 [4]"),
-        ({"weights": torch.zeros(2, 2)}, "weights: expected float32 [seq_len=2, heads=3], got float32 [2, 2]"),
+        ({"weights": torch.zeros(2, 2)}, "weights: expected float32 or bfloat16 or float16 [seq_len=2, heads=3], got"),
         ({"cu_seq_len_k_end": torch.zeros(3, dtype=INT)}, "cu_seq_len_k_end: expected int32 or int64 [seq_len=2]"),
         ({"max_seqlen_k": -1}, "max_seqlen_k: expected an integer from 0"),
     ],
@@ -124,9 +183,27 @@ def test_bad_arguments_are_refused_by_name(change: dict[str, Any], message: str)
     assert message in str(raised.value)
 
 
-def test_pages_of_another_size_are_refused() -> None:
-    q, weights = torch.zeros(1, 1, 2, 16).to(E4M3), torch.zeros(1, 2)
-    lens, table = torch.ones(1, dtype=INT), torch.zeros(1, 1, dtype=INT)
-    cache = torch.zeros(2, 32, 1, 20, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"kv_cache: expected uint8 \[num_blocks, 64, 1, 20\]"):
-        fp8_paged_mqa_logits(q, cache, weights, lens, table, None, 64)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kv_cache": torch.zeros(2, 64, 1, 24).byte()}, "kv_cache: expected uint8 [num_blocks, block_kv, 1, 20], got"),
+        ({"weights": torch.zeros(2, 2)}, "weights: expected float32 or bfloat16 or float16 [batch * next_n=1"),
+        ({"context_lens": torch.ones(2, dtype=INT)}, "context_lens: expected int32 or int64 [batch=1], got int32 [2]"),
+        ({"block_table": torch.zeros(1, dtype=INT)}, "block_table: expected int32 [batch=1, max_blocks], got int32"),
+        ({"indices": torch.zeros(2, dtype=INT)}, "indices: expected int32 [batch=1], got int32 [2]"),
+        ({"max_context_len": 0}, "max_context_len: expected an integer from 1"),
+    ],
+)
+def test_bad_arguments_of_decoding_are_refused_by_name(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "q": torch.zeros(1, 1, 2, 16).to(E4M3),
+        "kv_cache": torch.zeros(2, 64, 1, 20, dtype=torch.uint8),
+        "weights": torch.zeros(1, 2),
+        "context_lens": torch.ones(1, dtype=INT),
+        "block_table": torch.zeros(1, 1, dtype=INT),
+        "schedule_meta": None,
+        "max_context_len": 64,
+    }
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        fp8_paged_mqa_logits(**(arguments | change))
+    assert message in str(raised.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from typing import Any
 
@@ -83,6 +84,36 @@ def test_registering_twice_changes_nothing() -> None:
     assert (modeling.DeepseekV32Attention.expand_kv, modeling.DeepseekV32Indexer.forward) == before
 
 
+def test_releases_without_the_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integration, "_MODELS", (("transformers.models.nothing", "Nothing", "rotate"),))
+    with pytest.raises(
+        ImportError, match=r"expected 5.17 or newer, but transformers 5.* has no transformers.models.no"
+    ):
+        integration.register()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["heedful", "sdpa"])
+def test_indexers_take_the_cache_by_either_name(models: tuple[Any, Any], implementation: str) -> None:
+    ours = copy.deepcopy(models[1])
+    ours.set_attn_implementation(implementation)
+    indexer = ours.model.layers[0].self_attn.indexer
+    config = ours.config
+    width = config.qk_rope_head_dim
+    hidden, angles = torch.randn(1, 9, config.hidden_size), (torch.ones(1, 9, width), torch.zeros(1, 9, width))
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()[None]
+    if implementation == "sdpa":
+        mask = torch.zeros(1, 9, 9).masked_fill(~mask, torch.finfo(torch.float32).min)
+    chosen = []
+    for name in ("cache", "past_key_values"):
+        if name not in inspect.signature(type(indexer).forward).parameters and name == "cache":
+            continue  # before 5.24
+        cache = transformers.DynamicCache(config=config)
+        resid = torch.ones(1, 9, config.q_lora_rank)
+        chosen.append(indexer(hidden, resid, angles, mask, torch.arange(9)[None], **{name: cache}))
+    assert all(torch.equal(one.sort(-1).values, chosen[0].sort(-1).values) for one in chosen)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_batch(models: tuple[Any, Any], side: str) -> None:
@@ -102,8 +133,9 @@ def test_decoding_with_a_cache(models: tuple[Any, Any], operator_calls: list[tup
     whole = eager(ids).logits
     out = ours(ids[:, :50], use_cache=True)
     assert_same(out.logits, whole[:, :50])
+    name = "cache" if "cache" in out else "past_key_values"  # before 5.24
     for place in range(50, 60):
-        out = ours(ids[:, place : place + 1], cache=out.cache, use_cache=True)
+        out = ours(ids[:, place : place + 1], use_cache=True, **{name: out[name]})
         assert_same(out.logits[:, 0], whole[:, place])
     assert operator_calls[-1] == (120, 40)
 

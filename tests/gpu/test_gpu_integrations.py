@@ -34,6 +34,29 @@ def test_flash_mla(gpu: torch.device) -> None:
         torch.testing.assert_close(one.cpu(), expected, atol=3e-2, rtol=3e-2)
 
 
+def test_flash_mla_with_a_second_cache_and_other_pages(gpu: torch.device) -> None:
+    torch.manual_seed(0)
+    cache, sink = torch.zeros(8, 64, 656, dtype=torch.uint8), torch.randn(64)
+    ops.write_latent_cache(torch.randn(512, 576), cache, torch.arange(512), value_dim=512)
+    q, indices = torch.randn(3, 2, 64, 576).bfloat16(), torch.randint(-1, 480, (3, 2, 128), dtype=torch.int32)
+    lengths = torch.tensor([128, 0, 50], dtype=torch.int32)
+    for page, other in ((64, 32), (256, 61)):
+        found = []
+        for device in (torch.device("cpu"), gpu):
+            rows = cache.to(device).flatten(0, 1)
+            pages = [rows[: 512 // n * n].view(-1, n, 1, 656) for n in (page, other)]
+            chosen, sinks, counts = indices.to(device), sink.to(device), lengths.to(device)
+            extra = {"extra_k_cache": pages[1], "extra_indices_in_kvcache": chosen, "extra_topk_length": counts}
+            found.append(
+                flash_mla_with_kvcache(
+                    q.to(device), pages[0], None, None, 512, is_fp8_kvcache=True, indices=chosen, attn_sink=sinks,
+                    topk_length=counts.flip(0), **extra,
+                )
+            )  # fmt: skip
+        for want, got in zip(*found, strict=True):
+            torch.testing.assert_close(got.cpu(), want, atol=3e-2, rtol=3e-2)
+
+
 def close_scores(got: torch.Tensor, want: torch.Tensor) -> None:
     """FP8 matrix units keep some 14 bits of a sum."""
     assert torch.equal(got.cpu().isneginf(), want.isneginf())
@@ -56,6 +79,10 @@ def test_deep_gemm(gpu: torch.device) -> None:
     lens, table = torch.tensor([150, 0], dtype=torch.int32), torch.tensor([[4, 1, 5], [0, 0, 0]], dtype=torch.int32)
     want = fp8_paged_mqa_logits(q, cache, weights, lens, table, None, 192)
     got = fp8_paged_mqa_logits(*(x.to(gpu) for x in (q, cache, weights, lens, table)), None, 192)
+    close_scores(got, want)
+    other = torch.cat([cache.flatten(1)[:, :8192].reshape(12, -1), cache.flatten(1)[:, 8192:].reshape(12, -1)], 1)
+    other, table = other.view(12, 32, 1, 132), torch.stack([2 * table, 2 * table + 1], -1).flatten(1)
+    got = fp8_paged_mqa_logits(*(x.to(gpu) for x in (q, other, weights, lens, table)), None, 192)
     close_scores(got, want)
 
 

@@ -39,3 +39,15 @@ def test_main_configurations_fit_the_card(capability: int) -> None:
         assert row["shared"] <= row["limit"], row
         if capability == 90 and row["multiplies"]:
             assert row["wgmma"], row
+
+
+def test_products_and_sums_are_fused_whatever_the_default() -> None:
+    script = (
+        "from heedful.kernels import split; from heedful.kernels.compilation import compile_for; "
+        "from heedful.kernels.target import Target; card = Target.cuda(90); "
+        "print('fma.rn.f32' in compile_for(split.compilations(card)[0], card).assembly)"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "0"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.stdout == "True\n", done.stderr

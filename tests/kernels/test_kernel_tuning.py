@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import triton
 
 from heedful.kernels import index_scores, index_top_k, top_k, tuning
 from heedful.kernels.compilation import Launch
 from heedful.kernels.scoring import Scoring
-from heedful.kernels.target import Target
+from heedful.kernels.target import Target, check_triton
 from heedful.kernels.top_k import Sizes
 
 KEY = tuning.bucket(3, 200, torch.float32)
@@ -143,3 +144,9 @@ def test_no_launch_measures(device: torch.device, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Launch, "run", lambda launch: runs.append(launch))
     top_k.top_k(torch.zeros((2, 50), device=device), 3, sorted=False)
     assert len(runs) == 1
+
+
+def test_older_releases_of_triton_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(triton, "knobs")
+    with pytest.raises(ImportError, match=r"expected Triton 3.4 or newer \(torch 2.8 or newer\), found \d"):
+        check_triton()

@@ -1,7 +1,8 @@
 """DeepGEMM's scoring functions over heedful's operators: any head count, any GPU that Triton serves, and the CPU.
 
-Names, shapes and conventions are those of DeepGEMM (releases since September 2025). What differs: columns that are
-outside a query's range are always -inf, whatever `clean_logits` says, and the schedule metadata is not looked at.
+Names, shapes and conventions are those of DeepGEMM (releases since September 2025, and those of 2026 that also have
+`fp8_fp4_mqa_logits`, whose q is a pair). What differs: columns that are outside a query's range are always -inf,
+whatever `clean_logits` says, the schedule metadata is not looked at, and codes of four bits are refused.
 """
 
 from __future__ import annotations
@@ -11,11 +12,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from heedful import ops
-from heedful._arrays import Arguments, integer
+from heedful._arrays import FLOATS, Arguments, integer
 
-__all__ = ["fp8_mqa_logits", "fp8_paged_mqa_logits", "get_num_sms", "get_paged_mqa_logits_metadata"]
+__all__ = [
+    "fp8_fp4_mqa_logits",
+    "fp8_fp4_paged_mqa_logits",
+    "fp8_mqa_logits",
+    "fp8_paged_mqa_logits",
+    "get_num_sms",
+    "get_paged_mqa_logits_metadata",
+]
+
+PAGE = 64
+"""Tokens of a page of heedful's caches."""
 
 _NUMBERS = ("float8_e4m3fn", "bfloat16", "float16", "float32", "int8")
 
@@ -36,7 +48,7 @@ def fp8_mqa_logits(
     Args:
         q: [seq_len, heads, dim] float8_e4m3fn (here also wider); its scales belong in `weights`.
         kv: keys [seq_len_kv, dim] float8_e4m3fn (here also wider) and their scales [seq_len_kv] float32.
-        weights: [seq_len, heads] float32.
+        weights: [seq_len, heads] float32 (also bfloat16 and float16).
         cu_seq_len_k_start: [seq_len] int32, first key of each query's range.
         cu_seq_len_k_end: [seq_len] int32, one past its last.
         clean_logits: accepted; columns outside the range are -inf in either case.
@@ -58,7 +70,7 @@ def fp8_mqa_logits(
     if isinstance(scales, torch.Tensor) and scales.shape == (keys.shape[0], 1):
         scales = scales.squeeze(1)
     scale = call.take("kv[1]", scales, ("float32",), "seq_len_kv")
-    weight = call.take("weights", weights, ("float32",), "seq_len, heads")
+    weights = _as_float32(call, weights, "seq_len, heads")
     starts = call.integers("cu_seq_len_k_start", cu_seq_len_k_start, "seq_len", np.int32)
     ends = call.integers("cu_seq_len_k_end", cu_seq_len_k_end, "seq_len", np.int32)
     width = integer("max_seqlen_k", max_seqlen_k, 0)
@@ -70,7 +82,7 @@ def fp8_mqa_logits(
             logits = kernel.index_scores(
                 query.data,
                 keys.data,
-                weight.data,
+                weights,
                 starts=starts.clamp(0, S),
                 ends=ends.clamp(0, S),
                 k_scale=scale.data,
@@ -90,7 +102,9 @@ def get_num_sms() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
 
-def get_paged_mqa_logits_metadata(context_lens: torch.Tensor, block_kv: int, num_sms: int) -> torch.Tensor:
+def get_paged_mqa_logits_metadata(
+    context_lens: torch.Tensor, block_kv: int, num_sms: int, indices: torch.Tensor | None = None
+) -> torch.Tensor:
     """The schedule of `fp8_paged_mqa_logits`, which needs none: int32 [num_sms + 1, 2] of zeros."""
     shape = (integer("num_sms", num_sms, 1) + 1, 2)
     return torch.zeros(shape, dtype=torch.int32, device=context_lens.device)
@@ -101,10 +115,11 @@ def fp8_paged_mqa_logits(
     kv_cache: torch.Tensor,
     weights: torch.Tensor,
     context_lens: torch.Tensor,
-    block_tables: torch.Tensor,
-    schedule_metadata: Any,
+    block_table: torch.Tensor,
+    schedule_meta: Any,
     max_context_len: int,
     clean_logits: bool = False,
+    indices: torch.Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -112,14 +127,17 @@ def fp8_paged_mqa_logits(
 
     Args:
         q: [batch, next_n, heads, dim] float8_e4m3fn (here also wider).
-        kv_cache: [num_blocks, 64, 1, dim + 4] bytes; in a page all codes come first, then the float32 scales.
-        weights: [batch * next_n, heads] float32.
+        kv_cache: [num_blocks, block_kv, 1, dim + 4] bytes; in a page all codes come first, then the float32 scales.
+            Pages of 64 that lie together are read in place. Others, and blocks that lie apart, are copied to such pages
+            at each call, as far as `block_table` names them.
+        weights: [batch * next_n, heads] float32 (also bfloat16 and float16).
         context_lens: [batch] int32, keys of each sequence, whose last tokens the queries are; or [batch, next_n], the
             keys that each query sees.
-        block_tables: [batch, max_blocks] int32.
-        schedule_metadata: of `get_paged_mqa_logits_metadata`; not looked at.
+        block_table: [batch, max_blocks] int32.
+        schedule_meta: of `get_paged_mqa_logits_metadata`; not looked at.
         max_context_len: columns of the result.
         clean_logits: accepted; columns that a query does not see are -inf in either case.
+        indices: [batch] int32, which rows are tokens of one request; a hint that is not looked at.
         backend: as for `heedful.ops`.
 
     Returns:
@@ -133,34 +151,131 @@ def fp8_paged_mqa_logits(
     batch, next_n, _, dim = q.shape
     if isinstance(kv_cache, torch.Tensor) and kv_cache.dtype == torch.float8_e4m3fn:
         kv_cache = kv_cache.view(torch.uint8)
-    call.take("kv_cache", kv_cache, ("uint8",), f"num_blocks, 64, 1, {dim + 4}", in_place=True)
+    # Blocks may lie apart: checking all of them would copy them.
+    looked_at = kv_cache[:1] if isinstance(kv_cache, torch.Tensor) and not kv_cache.is_contiguous() else kv_cache
+    call.take("kv_cache", looked_at, ("uint8",), f"num_blocks, block_kv, 1, {dim + 4}")
+    call.sizes["batch * next_n"] = batch * next_n
+    weights = _as_float32(call, weights, "batch * next_n, heads")
+    call.take("block_table", block_table, ("int32",), "batch, max_blocks")
+    if indices is not None:
+        call.take("indices", indices, ("int32",), "batch")
     each = isinstance(context_lens, torch.Tensor) and context_lens.ndim == 2
     call.integers("context_lens", context_lens, "batch, next_n" if each else "batch", np.int32)
-    if each:
+    on_cpu = q.device.type == "cpu"
+    columns = integer("max_context_len", max_context_len, int(context_lens.max()) if on_cpu and batch else 0)
+    pages, block_table = _pages_of_64(kv_cache[:, :, 0], block_table)
+    # Sequences of fewer keys than queries are refused by the operator where that can be seen.
+    if each or (on_cpu and bool((context_lens < next_n).any())):
         # A query is the last token of a sequence of its own.
-        block_tables, context_lens = block_tables.repeat_interleave(next_n, 0), context_lens.flatten()
+        if not each:
+            context_lens = context_lens[:, None] - next_n + 1 + torch.arange(next_n, dtype=context_lens.dtype)
+        block_table, context_lens = block_table.repeat_interleave(next_n, 0), context_lens.flatten()
         batch, next_n = batch * next_n, 1
-    short = None
-    if q.device.type == "cpu" and bool((context_lens < next_n).any()):
-        # Rows that only fill up a batch: more queries than keys are refused where that can be seen, so they get any.
-        short = (context_lens < next_n).repeat_interleave(next_n)
-        ends = (context_lens[:, None] - next_n + 1 + torch.arange(next_n)).flatten()
-        block_tables = block_tables.where((context_lens >= next_n)[:, None], 0)
-        context_lens = context_lens.clamp_min(next_n)
+    blind = None
+    if on_cpu and bool((context_lens < 1).any()):
+        blind = context_lens < 1  # such rows fill up a batch: they get any key
+        block_table, context_lens = block_table.where(~blind[:, None], 0), context_lens.clamp_min(1)
     starts = torch.arange(0, batch * next_n + 1, next_n, dtype=torch.int32, device=q.device)
     logits = ops.index_scores_paged(
         q.flatten(0, 1),
         weights,
-        cache=kv_cache[:, :, 0],
-        block_tables=block_tables,
+        cache=pages,
+        block_tables=block_table,
         seq_lens=context_lens,
         query_start_loc=starts,
-        max_seq_len=max_context_len,
+        max_seq_len=columns,
         backend=backend,
     )
-    if short is not None:
-        logits[short] = logits[short].masked_fill(torch.arange(max_context_len) >= ends[short, None], -math.inf)
+    if blind is not None:
+        logits[blind] = -math.inf
     return logits
+
+
+def fp8_fp4_mqa_logits(
+    q: tuple[torch.Tensor, None],
+    kv: tuple[torch.Tensor, torch.Tensor],
+    weights: torch.Tensor,
+    cu_seq_len_k_start: torch.Tensor,
+    cu_seq_len_k_end: torch.Tensor,
+    clean_logits: bool = True,
+    max_seqlen_k: int = 0,
+    logits_dtype: torch.dtype = torch.float32,
+    schedule_meta: Any = None,
+    *,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`fp8_mqa_logits` with q a pair (codes, None) and scores in `logits_dtype` (float32 or bfloat16).
+
+    Scales of q, which come with codes of four bits, are refused: ValueError. `schedule_meta` is not looked at.
+    """
+    codes, dtype = _without_scales(q), _logits_dtype(logits_dtype)
+    ranges = cu_seq_len_k_start, cu_seq_len_k_end
+    return fp8_mqa_logits(codes, kv, weights, *ranges, clean_logits, max_seqlen_k, backend=backend).to(dtype)
+
+
+def fp8_fp4_paged_mqa_logits(
+    q: tuple[torch.Tensor, None],
+    kv_cache: torch.Tensor,
+    weights: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    schedule_meta: Any,
+    max_context_len: int,
+    clean_logits: bool = False,
+    logits_dtype: torch.dtype = torch.float32,
+    indices: torch.Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`fp8_paged_mqa_logits` with q a pair (codes, None) and scores in `logits_dtype` (float32 or bfloat16).
+
+    Scales of q, which come with codes of four bits, are refused: ValueError.
+    """
+    codes, dtype = _without_scales(q), _logits_dtype(logits_dtype)
+    rest = context_lens, block_table, schedule_meta, max_context_len, clean_logits, indices
+    return fp8_paged_mqa_logits(codes, kv_cache, weights, *rest, backend=backend).to(dtype)
+
+
+def _without_scales(q: Any) -> torch.Tensor:
+    """The codes of a pair (codes, None)."""
+    if not isinstance(q, (tuple, list)) or len(q) != 2:
+        raise ValueError(f"q: expected a pair of codes and None, got {type(q).__name__}")
+    codes, scales = q
+    if scales is not None:
+        raise ValueError(f"q[1]: expected None (codes of four bits are not served), got {type(scales).__name__}")
+    return codes
+
+
+def _logits_dtype(dtype: Any) -> torch.dtype:
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"logits_dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
+    return dtype
+
+
+def _as_float32(call: Arguments, weights: Any, shape: str) -> torch.Tensor:
+    call.take("weights", weights, FLOATS, shape)
+    return weights.float()
+
+
+def _pages_of_64(cache: torch.Tensor, block_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pages [any, 64, dim + 4] with the keys that a table names, and the table of those.
+
+    Args:
+        cache: [num_blocks, block_kv, dim + 4] bytes: codes of block_kv rows, then their scales; blocks may lie apart.
+        block_table: [batch, max_blocks]; entries outside the cache are not read by anyone.
+    """
+    blocks, size, width = cache.shape
+    (batch, most), dim = block_table.shape, width - 4
+    if (size == PAGE and cache.is_contiguous()) or blocks * size * batch * most == 0:
+        return cache.new_zeros(1, PAGE, width) if size != PAGE else cache, block_table
+    used = cache[block_table.flatten().clamp(0, blocks - 1).long()].flatten(1)  # [batch * most, size * width]
+    codes = used[:, : size * dim].reshape(batch, most * size, dim)
+    scales = used[:, size * dim :].reshape(batch, most * size, 4)
+    pages = -(-most * size // PAGE)
+    beyond = pages * PAGE - most * size
+    codes, scales = (F.pad(part, (0, 0, 0, beyond)).view(batch * pages, -1) for part in (codes, scales))
+    table = torch.arange(batch * pages, dtype=torch.int32, device=cache.device).view(batch, pages)
+    return torch.cat([codes, scales], 1).view(-1, PAGE, width), table
 
 
 def _from_start(logits: torch.Tensor, starts: torch.Tensor, width: int) -> torch.Tensor:

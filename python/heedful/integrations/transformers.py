@@ -1,4 +1,4 @@
-"""Sparse attention inside Hugging Face transformers (5.10 or newer): `deepseek_v32` and `glm_moe_dsa`.
+"""Sparse attention inside Hugging Face transformers (5.17 or newer): `deepseek_v32` and `glm_moe_dsa`.
 
     import heedful.integrations.transformers  # registers the name
     model.set_attn_implementation("heedful")  # or from_pretrained(..., attn_implementation="heedful")
@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -47,11 +49,19 @@ _SCORES_BYTES = 256 * 2**20
 
 
 def register() -> None:
-    """Makes "heedful" an attention implementation of transformers; importing this module has done it already."""
+    """Makes "heedful" an attention implementation of transformers; importing this module has done it already.
+
+    Raises:
+        ImportError: a release of transformers that lacks the models.
+    """
     AttentionInterface.register(NAME, sparse_attention_forward)
     AttentionMaskInterface.register(NAME, _whole_mask)
     for name, prefix, rotate in _MODELS:
-        module = importlib.import_module(name)
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            found = f"transformers {transformers.__version__} has no {error.name}"
+            raise ImportError(f"heedful.integrations.transformers: expected 5.17 or newer, but {found}") from None
         attention, indexer = getattr(module, f"{prefix}Attention"), getattr(module, f"{prefix}Indexer")
         if hasattr(attention, "expand_kv") and not hasattr(attention.expand_kv, _OURS):
             attention.expand_kv = _latents_for_heedful(attention.expand_kv)
@@ -192,20 +202,18 @@ def _latents_for_heedful(expand_kv: Callable[..., Any]) -> Callable[..., Any]:
 def _selection_for_heedful(forward: Callable[..., Any], rotate: Callable[..., Any]) -> Callable[..., Any]:
     """`forward` of an indexer, which scores and selects by heedful's operators when heedful attends."""
 
+    parameters = inspect.signature(forward)
+
     @torch.no_grad()
-    def select(
-        self: Any,
-        hidden_states: torch.Tensor,
-        q_resid: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor | None = None,
-        cache: Any = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        cache = kwargs.get("past_key_values", cache)  # its former name
+    def select(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if "cache" in parameters.parameters and "past_key_values" in kwargs:  # its former name
+            kwargs["cache"] = kwargs.pop("past_key_values")
+        given = parameters.bind(self, *args, **kwargs).arguments
+        hidden_states, q_resid = given["hidden_states"], given["q_resid"]
         if self.config._attn_implementation != NAME or _must_fall_back(hidden_states):
-            return forward(self, hidden_states, q_resid, position_embeddings, attention_mask, position_ids, cache=cache)
+            return forward(self, *args, **kwargs)
+        position_embeddings, attention_mask = given["position_embeddings"], given["attention_mask"]
+        cache = given.get("cache", given.get("past_key_values"))
         R = self.qk_rope_head_dim
         query = self.wq_b(q_resid).unflatten(-1, (self.n_heads, self.head_dim))
         key = self.k_norm(self.wk(hidden_states)).unsqueeze(2)

@@ -75,8 +75,9 @@ class Launch:
 
     @property
     def options(self) -> dict[str, int]:
-        """What Triton's compiler is told besides the arguments."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        """What Triton's compiler is told besides the arguments. Products and sums are fused, whatever its default (from
+        Triton 3.10 on they would not be)."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         if self.max_registers is not None and not torch.version.hip:
             options["maxnreg"] = self.max_registers
         return options

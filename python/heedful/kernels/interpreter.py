@@ -1,4 +1,4 @@
-"""Triton's interpreter (3.6), mended.
+"""Triton's interpreter (3.4 to 3.9), mended.
 
 It holds scalars in arrays of one element and turns them into Python's integers by `int(array)`, which NumPy 2.4
 refuses: a loop whose bounds were computed would stop the kernel. It cuts off what float32 has beyond bfloat16, where
@@ -39,19 +39,21 @@ def mend() -> None:
     if patch_tensor is None or patch_builtin is None or patch_attr is None:
         return
 
-    def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+    # The scope, which undoes what it has set, came with Triton 3.6.
+    def patch_tensor_and_index(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)
+        set_attr = scope[0].set_attr if scope else setattr
+        set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     @functools.cache
     def builtins(package: Any) -> list[str]:
         return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
 
-    def patch_known_builtins(package: Any, builder: Any, scope: Any) -> None:
+    def patch_known_builtins(package: Any, builder: Any, *scope: Any) -> None:
         for name in builtins(package):
             member = getattr(package, name)
             if tl.core.is_builtin(member):  # an outer function may have replaced it
-                patch_attr(package, name, member, builder, scope)
+                patch_attr(package, name, member, builder, *scope)
 
     interpreter._patch_lang_tensor = patch_tensor_and_index
     interpreter._patch_builtin = patch_known_builtins

@@ -14,6 +14,20 @@ import triton
 
 KIB = 1024
 
+
+def check_triton() -> None:
+    """That Triton is one that the kernels run with: 3.4 or newer. Called when this module is imported.
+
+    Raises:
+        ImportError: it is older; the message says so.
+    """
+    if not hasattr(triton, "knobs"):
+        found = getattr(triton, "__version__", "an unknown release")
+        raise ImportError(f"heedful.kernels: expected Triton 3.4 or newer (torch 2.8 or newer), found {found}")
+
+
+check_triton()
+
 #: Shared memory a block may ask for, by compute capability; others get the least of these.
 _SHARED_MEMORY = {
     75: 64 * KIB,
