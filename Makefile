@@ -71,6 +71,6 @@ $(VENV)/.installed: $(BIN)/maturin $(RUST)
 	$(BIN)/maturin develop --release --extras torch
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: $(BIN)/maturin $(RUST)
 	$(BIN)/maturin develop --release --extras dev
-	touch $@
+	touch $(VENV)/.installed $@

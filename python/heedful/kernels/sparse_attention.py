@@ -17,6 +17,7 @@ import triton.language as tl
 from heedful.kernels import tuning
 from heedful.kernels.attention_tiles import Tiles, operand_type, tile_candidates
 from heedful.kernels.compilation import Compilation, Launch
+from heedful.kernels.dequantize import dequantize_pages, is_worth_it
 from heedful.kernels.rows import (
     PAGE,
     Rows,
@@ -264,7 +265,10 @@ def sparse_attention_paged(
         assert query_start_loc is not None
         batch = (block_tables, seq_lens.contiguous(), query_start_loc.contiguous())
         if indices is not None:
-            indices, topk_length, batch = slots_of(indices, batch, len(cache), topk_length), None, None
+            if is_worth_it(q, rows, indices.shape[1], block_tables):
+                kv, batch = dequantize_pages(rows, batch)
+                rows = Rows.contiguous(kv, value_dim, None)
+            indices, topk_length, batch = slots_of(indices, batch, rows.S // PAGE, topk_length), None, None
         else:
             check_sequences(len(q), batch[1])
     return _attend(q, rows, indices, scale, sink, topk_length, None, batch)
