@@ -34,6 +34,7 @@ CASES = (
     "index_decode",
     "fused_top_k",
     "top_k",
+    "coded_prefill",
     "decode_layer",
     "engine_decode",
     "dense_and_sparse",
@@ -51,6 +52,7 @@ CHECKS_OF = {
     "index_decode": ("check_paged_scores", "check_far_pages"),
     "fused_top_k": ("check_fused", "check_repeats"),
     "top_k": ("check_top_k",),
+    "coded_prefill": ("check_fp8_attention", "check_writes"),
     "decode_layer": ("check_fp8_attention", "check_paged_scores", "check_writes", "check_graph"),
     "engine_decode": ("check_engine",),
 }

@@ -225,6 +225,37 @@ def sparse_prefill(bench: Bench) -> Iterator[Row]:
         yield row
 
 
+def coded_prefill(bench: Bench) -> Iterator[Row]:
+    """T queries over K chosen FP8 rows each, which become numbers once, beside reading them as codes."""
+    from heedful.kernels import dequantize
+
+    s, timer = bench.shapes, bench.timer
+    S = s.S[0]
+    batch = {
+        "cache": bench.latent_pages(S // BLOCK),
+        "block_tables": torch.arange(S // BLOCK, dtype=torch.int32, device=bench.device)[None],
+        "seq_lens": torch.full((1,), S, dtype=torch.int32, device=bench.device),
+        "query_start_loc": torch.arange(2, dtype=torch.int32, device=bench.device) * s.T,
+    }
+
+    def ours(seed: int) -> Call:
+        q, chosen = bench.normal(seed, s.T, s.H, s.DK), bench.selections(seed, s.T, S)
+        return partial(
+            ops.sparse_attention_paged, q, chosen, scale=s.scale, value_dim=s.C, backend=bench.backend, **batch
+        )
+
+    calls = timer.rotated(ours, s.T * s.H * s.DK * 2.0)
+    seconds = timer.median(calls)
+    row = Row(f"sparse prefill FP8, {s.T} x {s.H} heads, k {s.K} of {S}", seconds)
+    row.flops = 2.0 * s.T * s.H * s.K * (s.DK + s.C)
+    most, dequantize.MOST_BYTES = dequantize.MOST_BYTES, 0
+    try:
+        row.peer, row.peer_seconds = "the same, rows read as codes", timer.median(calls)
+    finally:
+        dequantize.MOST_BYTES = most
+    yield row
+
+
 def sparse_decode(bench: Bench) -> Iterator[Row]:
     """A query a sequence over K chosen FP8 rows, launched one by one and inside a CUDA graph."""
     s, timer = bench.shapes, bench.timer
@@ -435,6 +466,7 @@ CASES: tuple[Case, ...] = (
     index_decode,
     fused_top_k,
     top_k,
+    coded_prefill,
     decode_layer,
     engine_decode,
 )
