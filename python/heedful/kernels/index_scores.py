@@ -195,7 +195,7 @@ def _fill(low, high, out, out_stride, count, S, BT: tl.constexpr, WIDTH: tl.cons
         tl.store(to, tl.full([BT, WIDTH], float("-inf"), tl.float32), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "num_seqs", "table_width", "table_stride"])
 def _index_scores_kernel(
     q, weights, keys, scales, out, starts, ends, tables, seq_lens, query_start_loc, T, S, num_seqs, num_blocks,
     stride_t, stride_h, weight_stride, page_stride, scale_stride, table_stride, table_width, out_stride, chunk,

@@ -40,7 +40,7 @@ step, say, whose few rows would keep few programs of the fused kernel busy."""
 # -- kernel ------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "num_seqs", "table_width", "table_stride", "num_tiles", "parts"])
 def _index_top_k_kernel(
     q, weights, keys, scales, starts, ends, tables, seq_lens, query_start_loc, T, S, num_seqs, num_blocks, stride_t,
     stride_h, weight_stride, page_stride, scale_stride, table_stride, table_width, out, out_values, scratch, num_tiles,

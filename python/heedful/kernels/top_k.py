@@ -189,7 +189,7 @@ def load_block(scores, positions, first, end, BLOCK: tl.constexpr):
     return x, at
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _select_kernel(
     scores, positions, lengths, out, out_values, pool, T, S, k, parts, part, stride, out_stride,
     CAP: tl.constexpr, BLOCK: tl.constexpr,
