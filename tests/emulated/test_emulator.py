@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from emulator.machine import DeviceError
+from emulator.machine import DeviceError, Machine
+from emulator.program import parse
 from heedful.kernels.target import Target
 
 # -- what must come out ------------------------------------------------------------------------------------------------
@@ -115,3 +117,68 @@ def test_a_hint_that_is_not_true_is_a_misaligned_access() -> None:
 def test_an_access_behind_the_end_is_found() -> None:
     with pytest.raises(DeviceError, match=r"in no tensor of the launch, 0 bytes behind the end of argument 0"):
         copy_kernel[(1,)](torch.zeros(100, dtype=torch.int32), torch.empty(128, dtype=torch.int32), 3, False, 128)
+
+
+PTX = """
+.visible .entry exchange(
+	.param .u64 .ptr .global .align 1 out
+)
+{{
+	.reg .pred 	%p<3>;
+	.reg .b32 	%r<9>;
+	.reg .b64 	%rd<4>;
+	ld.param.b64 	%rd1, [out];
+	mov.u32 	%r1, %tid.x;
+	shl.b32 	%r2, %r1, 2;
+	setp.lt.u32 	%p1, %r1, 32;
+	mul.wide.u32 	%rd2, %r2, 1;
+	add.s64 	%rd3, %rd1, %rd2;
+	{write}
+	{between}
+	xor.b32 	%r3, %r2, 128;
+	ld.shared.b32 	%r4, [%r3];
+	st.global.b32 	[%rd3], %r4;
+	ret;
+}}
+"""
+
+
+def exchange(write: str, between: str) -> list[int]:
+    """64 threads; each writes its number to shared memory, and reads what a thread of the other warp wrote."""
+    program = parse(PTX.format(write=write, between=between))
+    out = np.arange(64, dtype=np.uint32)
+    memory = [(out.view(np.uint8), out.ctypes.data, "out")]
+    Machine(program, 64, 256).launch((1, 1, 1), [np.array([out.ctypes.data], np.uint64)], memory)
+    return out.tolist()
+
+
+STORE, COPY = "st.shared.b32 	[%r2], %r1;", "cp.async.ca.shared.global [%r2], [%rd3], 0x4;\n\tcp.async.commit_group;"
+OTHERS = [*range(32, 64), *range(32)]
+
+
+@pytest.mark.parametrize(
+    ("write", "between"), [(STORE, "bar.sync 	0;"), (COPY, "cp.async.wait_group 	0;\n\tbar.sync 	0;")]
+)
+def test_warps_exchange_what_a_barrier_separates(write: str, between: str) -> None:
+    assert exchange(write, between) == OTHERS
+
+
+@pytest.mark.parametrize(
+    ("write", "between", "error"),
+    [
+        (STORE, "", "reads shared memory.*race"),
+        (COPY, "bar.sync 	0;", "asynchronous copy to it is under way"),
+        (COPY, "bar.sync 	0;\n\tcp.async.wait_group 	0;", "reads shared memory.*race"),
+        (STORE, "@%p1 ret;\n\tbar.sync 	0;\n\tadd.s32 	%r2, %r2, 1;", "misaligned"),
+        (STORE, "bar.sync 	0;\n\tadd.s32 	%r2, %r2, 4096;", "of 256 of shared memory"),
+        (STORE, "@%p1 bra 	$A;\n\tbar.sync 	0;\n$A:", "a barrier that some threads do not come to"),
+    ],
+)
+def test_what_no_barrier_separates_is_a_race(write: str, between: str, error: str) -> None:
+    with pytest.raises(DeviceError, match=error):
+        exchange(write, between)
+
+
+def test_an_instruction_that_is_not_known_is_named() -> None:
+    with pytest.raises(NotImplementedError, match=r"line 15: vote\.sync\.any\.pred"):
+        exchange("vote.sync.any.pred 	%p2, %p1, -1;", "")

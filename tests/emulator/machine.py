@@ -50,7 +50,7 @@ class Machine:
     def __init__(self, program: Program, threads: int, shared: int) -> None:
         self.program, self.threads = program, threads
         self.shared_size = shared
-        self.translator = Translator(program, shared)
+        self.translator = Translator(program)
         self.functions: dict[tuple[int, bool], Any] = {}
         self.tid = np.arange(threads, dtype=np.uint32)
         self.lane = self.tid % 32

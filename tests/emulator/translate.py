@@ -14,7 +14,6 @@ import numpy as np
 
 from .program import Instruction, Program
 
-UNSIGNED = {"16": np.uint16, "32": np.uint32, "64": np.uint64}
 VIEWS = {
     **{f"s{n}": f"i{n // 8}" for n in (8, 16, 32, 64)},
     **{f"u{n}": f"u{n // 8}" for n in (8, 16, 32, 64)},
@@ -30,11 +29,10 @@ _INFIX = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
 class Translator:
     """Turns the blocks of a program into source; names of constants end up in `constants`."""
 
-    def __init__(self, program: Program, shared: int) -> None:
+    def __init__(self, program: Program) -> None:
         self.program = program
         self.constants: dict[str, Any] = {}
         self.symbols = {"global_smem": 0}
-        self.shared = shared
 
     def function(self, block: int, masked: bool) -> str:
         """Source of `def f(M)`, which returns the next block, None at the end, or what `branch` found."""
@@ -50,11 +48,9 @@ class Translator:
                 if instruction.guard is not None:
                     end = f"return branch({self._guard(instruction.guard)}, {target}, {block + 1})"
             elif name == "ret":
-                end = (
-                    "return None"
-                    if instruction.guard is None
-                    else (f"return branch({self._guard(instruction.guard)}, None, {block + 1})")
-                )
+                end = "return None"
+                if instruction.guard is not None:
+                    end = f"return branch({self._guard(instruction.guard)}, None, {block + 1})"
             else:
                 self._instruction(instruction)
         names = ", ".join(sorted(self.written))
