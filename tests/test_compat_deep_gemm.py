@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heedful import ops
+from heedful.compat import deep_gemm
 from heedful.compat.deep_gemm import (
     fp8_fp4_mqa_logits,
     fp8_fp4_paged_mqa_logits,
@@ -136,6 +137,42 @@ def test_decoding_scores_over_pages(
             got = logits[i * next_n + j]
             torch.testing.assert_close(got[:count].double(), want[j, :count], atol=1e-3, rtol=1e-4)
             assert got[count:].isneginf().all()
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+@pytest.mark.parametrize("block", [-1, 6])
+def test_a_block_that_the_cache_does_not_have_is_refused(size: int, block: int) -> None:
+    q, cache, weights = torch.randn(2, 1, 4, 32), torch.zeros(6, size, 1, 36, dtype=torch.uint8), torch.ones(2, 4)
+    table, lens = torch.tensor([[0, 1, block], [2, block, 0]], dtype=INT), torch.tensor([size, size + 1], dtype=INT)
+    with pytest.raises(ValueError, match=rf"block_tables?: .* from 0 to 6 - 1.*(, got {block}|, got {block} in )"):
+        fp8_paged_mqa_logits(q, cache, weights, lens, table, None, 3 * size)
+    table[1, 1] = 3
+    fp8_paged_mqa_logits(q, cache, weights, lens, table, None, 3 * size)
+
+
+@pytest.mark.parametrize(
+    ("size", "length", "place", "unseen"),
+    [(16, 100, 5, [1]), (32, 200, 3, [1]), (64, 300, 2, [2]), (128, 600, 3, [6, 7])],
+)
+def test_a_copied_page_of_a_missing_block_is_no_page(size: int, length: int, place: int, unseen: list[int]) -> None:
+    """A GPU, where nobody looks at blocks, reads it no more than a page that the caller's table lacks."""
+    cache, table = torch.zeros(9, size, 36, dtype=torch.uint8), torch.arange(8, dtype=INT)[None].clone()
+    table[0, place], table[0, 7] = 9, -1  # the latter behind the end
+    missing = deep_gemm._missing(table, 9, size, torch.tensor([[1, length]]))
+    assert missing.nonzero().tolist() == [[0, place]]
+    copied = deep_gemm._pages_of_64(cache, table, missing)[1]
+    assert (copied < 0).nonzero()[:, 1].tolist() == unseen
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_decoding_without_queries(size: int) -> None:
+    q, cache, table = (
+        torch.randn(2, 0, 4, 32),
+        torch.zeros(6, size, 1, 36, dtype=torch.uint8),
+        torch.zeros(2, 3).to(INT),
+    )
+    for lens in (torch.tensor([3, 9], dtype=INT), torch.zeros(2, 0, dtype=INT)):
+        assert fp8_paged_mqa_logits(q, cache, torch.ones(0, 4), lens, table, None, 64).shape == (0, 64)
 
 
 def test_pages_that_the_caches_of_ops_hold() -> None:

@@ -239,6 +239,13 @@ def test_dense_decoding_over_pages_of_a_multiple_of_64() -> None:
     torch.testing.assert_close(got, want, atol=0, rtol=0)
 
 
+def test_decoding_without_queries() -> None:
+    q, cache, table = torch.randn(2, 0, 4, 24), torch.randn(3, 64, 1, 24), torch.zeros(2, 1, dtype=INT)
+    for options in ({"causal": True}, {"causal": False}, {"indices": torch.zeros(2, 0, 5, dtype=INT)}):
+        out, lse = flash_mla_with_kvcache(q, cache, table, torch.tensor([3, 9], dtype=INT), 16, **options)
+        assert (out.shape, lse.shape) == ((2, 0, 4, 16), (2, 4, 0))
+
+
 def test_more_queries_than_the_cache_has_slots() -> None:
     cache, q = torch.randn(1, 64, 1, 8), torch.randn(150, 1, 2, 8)
     indices = torch.randint(-1, 64, (150, 1, 6), dtype=torch.int32)

@@ -162,8 +162,17 @@ def fp8_paged_mqa_logits(
     each = isinstance(context_lens, torch.Tensor) and context_lens.ndim == 2
     call.integers("context_lens", context_lens, "batch, next_n" if each else "batch", np.int32)
     on_cpu = q.device.type == "cpu"
-    columns = integer("max_context_len", max_context_len, int(context_lens.max()) if on_cpu and batch else 0)
-    pages, block_table = _pages_of_64(kv_cache[:, :, 0], block_table)
+    columns = integer(
+        "max_context_len", max_context_len, int(context_lens.max()) if on_cpu and context_lens.numel() else 0
+    )
+    pages = kv_cache[:, :, 0]
+    blocks, size, width = pages.shape
+    if blocks * size * block_table.numel() == 0:
+        pages = pages if size == PAGE else pages.new_zeros(1, PAGE, width)
+    elif size != PAGE or not pages.is_contiguous():
+        missing = _missing(block_table, blocks, size, context_lens if each else context_lens[:, None])
+        _check_blocks(block_table, blocks, missing)
+        pages, block_table = _pages_of_64(pages, block_table, missing)
     # Sequences of fewer keys than queries are refused by the operator where that can be seen.
     if each or (on_cpu and bool((context_lens < next_n).any())):
         # A query is the last token of a sequence of its own.
@@ -175,7 +184,7 @@ def fp8_paged_mqa_logits(
     if on_cpu and bool((context_lens < 1).any()):
         blind = context_lens < 1  # such rows fill up a batch: they get any key
         block_table, context_lens = block_table.where(~blind[:, None], 0), context_lens.clamp_min(1)
-    starts = torch.arange(0, batch * next_n + 1, next_n, dtype=torch.int32, device=q.device)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * next_n
     logits = ops.index_scores_paged(
         q.flatten(0, 1),
         weights,
@@ -257,25 +266,49 @@ def _as_float32(call: Arguments, weights: Any, shape: str) -> torch.Tensor:
     return weights.float()
 
 
-def _pages_of_64(cache: torch.Tensor, block_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pages [any, 64, dim + 4] with the keys that a table names, and the table of those.
+def _missing(block_table: torch.Tensor, blocks: int, size: int, context_lens: torch.Tensor) -> torch.Tensor:
+    """Which blocks of sequences are none of the cache's: bool [batch, max_blocks].
+
+    Args:
+        block_table: [batch, max_blocks].
+        blocks: of the cache.
+        size: keys of a block.
+        context_lens: [batch, any], keys of each sequence, of which the most count.
+    """
+    places = torch.arange(block_table.shape[1], device=block_table.device)
+    used = (places * size < context_lens[..., None]).any(1)
+    return used & ((block_table < 0) | (block_table >= blocks))
+
+
+def _check_blocks(block_table: torch.Tensor, blocks: int, missing: torch.Tensor) -> None:
+    """Raises ValueError for the first missing block, where that can be seen without waiting."""
+    if missing.device.type == "cpu" and bool(missing.any()):
+        b, place = missing.nonzero()[0].tolist()
+        found = f"{int(block_table[b, place])} in entry {place} of sequence {b}"
+        raise ValueError(f"block_table: expected a block from 0 to {blocks} - 1, got {found}")
+
+
+def _pages_of_64(
+    cache: torch.Tensor, block_table: torch.Tensor, missing: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A copy as pages [any, 64, dim + 4] of the keys that a table names, and the table of those.
 
     Args:
         cache: [num_blocks, block_kv, dim + 4] bytes: codes of block_kv rows, then their scales; blocks may lie apart.
-        block_table: [batch, max_blocks]; entries outside the cache are not read by anyone.
+        block_table: [batch, max_blocks].
+        missing: [batch, max_blocks], blocks without keys: a page that one of them is in is -1 in the result.
     """
     blocks, size, width = cache.shape
     (batch, most), dim = block_table.shape, width - 4
-    if (size == PAGE and cache.is_contiguous()) or blocks * size * batch * most == 0:
-        return cache.new_zeros(1, PAGE, width) if size != PAGE else cache, block_table
-    used = cache[block_table.flatten().clamp(0, blocks - 1).long()].flatten(1)  # [batch * most, size * width]
-    codes = used[:, : size * dim].reshape(batch, most * size, dim)
-    scales = used[:, size * dim :].reshape(batch, most * size, 4)
+    rows = cache[block_table.flatten().clamp(0, blocks - 1).long()].flatten(1)  # [batch * most, size * width]
+    codes = rows[:, : size * dim].reshape(batch, most * size, dim)
+    scales = rows[:, size * dim :].reshape(batch, most * size, 4)
     pages = -(-most * size // PAGE)
     beyond = pages * PAGE - most * size
     codes, scales = (F.pad(part, (0, 0, 0, beyond)).view(batch * pages, -1) for part in (codes, scales))
     table = torch.arange(batch * pages, dtype=torch.int32, device=cache.device).view(batch, pages)
-    return torch.cat([codes, scales], 1).view(-1, PAGE, width), table
+    unseen = F.pad(missing.repeat_interleave(size, 1), (0, beyond)).view(batch, pages, PAGE).any(-1)
+    return torch.cat([codes, scales], 1).view(-1, PAGE, width), table.masked_fill(unseen, -1)
 
 
 def _from_start(logits: torch.Tensor, starts: torch.Tensor, width: int) -> torch.Tensor:

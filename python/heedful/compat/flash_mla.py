@@ -303,7 +303,7 @@ def _dense(
         # Each query sees the whole sequence: it is the last token of a sequence of its own.
         block_table, cache_seqlens = (part.repeat_interleave(s_q, 0) for part in (block_table, cache_seqlens))
         b, s_q = b * s_q, 1
-    starts = torch.arange(0, b * s_q + 1, s_q, dtype=torch.int32, device=q.device)
+    starts = torch.arange(b + 1, dtype=torch.int32, device=q.device) * s_q
     batch: dict[str, Any] = {"block_tables": block_table, "seq_lens": cache_seqlens, "query_start_loc": starts}
     return ops.dense_attention_paged(q.flatten(0, 1), cache=cache, sink=sink, **batch, **common)
 
