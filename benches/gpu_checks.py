@@ -1,16 +1,16 @@
 """Correctness of the operators on a GPU (or, small, in Triton's interpreter) against float64 in plain torch.
 
 Each check goes through `heedful.ops`, as users do, and returns the largest error beside the bound it must keep.
-`GPU_CHECKS` need a GPU: CUDA graphs, waiting, addresses past 2^31. Bounds are those of the arithmetic: for scores,
-float32 sums of exact products (FP8 matrix units keep some 14 bits of a sum); for attention, a probability and a value
-rounded to bfloat16 each, 2^-8 together, of values that are below 5.
+`GPU_CHECKS` need a GPU: products in bfloat16, CUDA graphs, waiting, addresses past 2^31. Bounds are those of the
+arithmetic: for scores, float32 sums of exact products (FP8 matrix units keep some 14 bits of a sum); for attention, a
+probability and a value rounded to bfloat16 each, 2^-8 together, of values that are below 5.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -283,6 +283,14 @@ def check_fp8_attention(inputs: Inputs) -> Result:
     return _check_paged_attention(inputs, codes=True)
 
 
+def check_coded_prefill(inputs: Inputs) -> Result:
+    """Prefill over FP8 rows, each read so often that they become bfloat16 first; queries over slots read the codes."""
+    s = inputs.sizes
+    often = Inputs(replace(s, lens=(s.S, s.S // 3), next_n=s.T // 2), inputs.device, inputs.backend)
+    often.dtype = inputs.dtype
+    return replace(_check_paged_attention(often, codes=True), name="prefill over FP8 pages, rows as bfloat16")
+
+
 def check_writes(inputs: Inputs) -> Result:
     """Rows as the CPU writes them: byte for byte, and slot -1 untouched."""
     s = inputs.sizes
@@ -434,7 +442,7 @@ def check_far_pages(inputs: Inputs) -> Result:
     return Result("pages past 2^31 bytes", wrong, 0.0, f"{wrong} numbers differ")
 
 
-GPU_CHECKS: tuple[Check, ...] = (check_graph, check_far_rows, check_far_scores, check_far_pages)
+GPU_CHECKS: tuple[Check, ...] = (check_coded_prefill, check_graph, check_far_rows, check_far_scores, check_far_pages)
 
 
 def check_engine(inputs: Inputs) -> Result:

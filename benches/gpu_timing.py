@@ -28,6 +28,7 @@ Call = Callable[[], object]
 LEAST_CALLS, MOST_CALLS = 10, 300
 WARM_SECONDS = 0.1  # of calls before the first that counts: clocks rise within that
 L2_BYTES = 64 * 2**20  # where it is not told
+UNKNOWN = "unknown"  # what a program that is not there would have said
 
 
 class Timer:
@@ -140,8 +141,8 @@ def machine(device: torch.device, commit: str | None) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "heedful": heedful.__version__,
-        "commit": commit or _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
-        "changed_files": len(_output("git", "-C", str(Path(__file__).parent), "status", "--short").splitlines()),
+        "commit": commit or _git("rev-parse", "HEAD"),
+        "changed_files": None if (changed := _git("status", "--short")) == UNKNOWN else len(changed.splitlines()),
         "kernels_sha256": _kernels_sha256(),
     }
     if device.type == "cuda":
@@ -161,11 +162,15 @@ def state() -> dict[str, str]:
     return dict(zip(fields, found, strict=True)) if len(found) == len(fields) else {"nvidia-smi": values}
 
 
+def _git(*arguments: str) -> str:
+    return _output("git", "-C", str(Path(__file__).parent), *arguments)
+
+
 def _output(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return UNKNOWN
 
 
 def _kernels_sha256() -> str:

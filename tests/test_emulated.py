@@ -18,7 +18,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 CARDS = {90: "4", 80: "2", 120: "2"}  # and the examples of a drawn test
-OWN = ["tests/kernels/test_kernel_compiled.py", "tests/kernels/test_kernel_tuning.py"]  # nothing in them depends on it
+OWN = [f"tests/kernels/test_kernel_{name}.py" for name in ("assembly", "compiled", "tuning")]  # do not depend on it
 
 if not all(importlib.util.find_spec(name) for name in ("torch", "triton")):
     pytest.skip("torch and Triton are needed", allow_module_level=True)

@@ -158,6 +158,8 @@ def test_cases_of_a_failed_check_say_so(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["gpu_all.py", "--dry", "--no-write"])
         one = Run(_arguments())
+    left = {"name": "far", "error": 0.0, "bound": 0.0, "detail": "", "left_out": True, "passed": True}
+    one._take(("check", "check_far_rows"), "result", left)
     bad = {"name": "top_k", "error": 1.0, "bound": 0.0, "detail": "", "left_out": False, "passed": False}
     one._take(("check", "check_top_k"), "result", bad)
     row = {"case": "a row", "seconds": 1.0, "goal": "fast", "met": True, "note": "so"}
@@ -170,6 +172,7 @@ def test_cases_of_a_failed_check_say_so(capsys: pytest.CaptureFixture[str]) -> N
     assert one.record["errors"] == [{"item": "case top_k", "error": "why", "traceback": "where"}]
     out = capsys.readouterr().out
     assert "FAILED top_k" in out
+    assert "left   far" in out
     assert "WRONG: check_top_k failed" in out
     assert "goal fast: met" in out
 
@@ -292,6 +295,11 @@ def test_the_machine_is_named(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (found["driver_version"], found["power.limit"]) == ("580.1", "700.00 W")
     monkeypatch.setattr(gpu_timing, "_output", lambda *command: "unknown")
     assert gpu_timing.state() == {"nvidia-smi": "unknown"}
+    found = gpu_timing.machine(torch.device("cpu"), None)
+    assert (found["commit"], found["changed_files"]) == ("unknown", None)
+    monkeypatch.setattr(gpu_timing, "_output", lambda *command: "M one" if "status" in command else "abc")
+    found = gpu_timing.machine(torch.device("cpu"), None)
+    assert (found["commit"], found["changed_files"]) == ("abc", 1)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's attention says which of its kernels it cannot run
@@ -354,6 +362,30 @@ def test_checks_of_the_device_with_stand_ins(cuda: Any, monkeypatch: pytest.Monk
     placed = gpu_checks.decode_arguments(torch.device("cpu"))
     assert torch.equal(gpu_checks.decode_step(placed), gpu_checks.decode_step(placed))
     assert not gpu_checks.check_graph(inputs).passed  # a graph that replays nothing is found out
+
+
+def test_the_check_of_a_coded_prefill_turns_rows_into_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    import gpu_checks
+    from heedful.kernels import dequantize, sparse_attention
+
+    queries: list[int] = []
+    whole = dequantize.is_worth_it
+
+    def watched(q: torch.Tensor, *rest: Any) -> bool:
+        worth = whole(q, *rest)
+        queries.extend([len(q)] * worth)
+        return worth
+
+    monkeypatch.setattr(sparse_attention, "is_worth_it", watched)
+    small = gpu_checks.Inputs(replace(gpu_checks.SMALL, T=80), torch.device("cpu"), "triton")
+    small.dtype = torch.bfloat16
+    result = gpu_checks.check_coded_prefill(small)
+    assert result.passed, result
+    assert queries == [80]
+    full = gpu_checks.FULL
+    assert full.T * full.K >= dequantize.READS * 2 * -(-full.S // 64) * 64
 
 
 def test_crossovers_and_rows() -> None:
