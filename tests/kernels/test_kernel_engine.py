@@ -25,7 +25,7 @@ from heedful.engine.paged_attention import PagedAttention, StepLayout
 from heedful.engine.placement import Placement
 from heedful.engine.runner import ModelRunner
 from heedful.engine.tuning import shapes_of, tune
-from heedful.kernels import target, tuning
+from heedful.kernels import index_top_k, sparse_attention, target, tuning
 from heedful.kernels.compilation import Launch
 from heedful.models import DSAForCausalLM
 from heedful.weights import keep_float32
@@ -201,6 +201,19 @@ def test_measured_configurations_are_kept_on_disk(
     (table,) = (tmp_path / "kernels").glob("*.json")
     assert [name.partition(" ")[0] for name in json.loads(table.read_text())] == ["index_top_k", "sparse_attention"]
     tuning.forget()
+
+
+def test_measured_are_the_rows_that_attention_reads(
+    device: torch.device, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of FP8 pages, a prompt's steps read bfloat16 rows, decoding and short parts of long prompts the codes."""
+    runner = engine(checkpoint, device, dtype="bfloat16", kv_cache_dtype="fp8").engine.runner
+    read: list[tuple[int, torch.dtype]] = []
+    monkeypatch.setattr(sparse_attention, "warm_up", lambda q, rows, indices: read.append((len(q), rows.dtype)))
+    monkeypatch.setattr(index_top_k, "warm_up", lambda *shape: None)
+    shapes = [(2, 1, 256), (1, 256, 256), (1, 2, 256)]
+    assert list(tune(runner, shapes)) == shapes
+    assert read == [(2, torch.uint8), (256, torch.bfloat16), (2, torch.uint8)]
 
 
 def test_shapes_to_measure_are_those_of_recorded_steps_and_of_a_prompt() -> None:

@@ -44,7 +44,7 @@ def tune(runner: ModelRunner, shapes: list[Shape]) -> Iterator[Shape]:
         return
     for B, queries, context in shapes:
         _tune_selection(runner, B, queries, context)
-        _tune_attention(runner, B * queries, context)
+        _tune_attention(runner, B, queries, context)
         yield B, queries, context
 
 
@@ -76,15 +76,21 @@ def _tune_selection(runner: ModelRunner, B: int, queries: int, context: int) -> 
     index_top_k.warm_up(scoring, min(config.index_topk, context))
 
 
-def _tune_attention(runner: ModelRunner, N: int, context: int) -> None:
+def _tune_attention(runner: ModelRunner, B: int, queries: int, context: int) -> None:
     from heedful.kernels import sparse_attention
+    from heedful.kernels.dequantize import is_worth_it
     from heedful.kernels.rows import Rows
 
     config, device, like = runner.model.config, runner.device, runner.caches.latent[0]
-    blocks, K = -(-context // BLOCK_SIZE), min(config.index_topk, context)
-    width = config.kv_lora_rank + config.qk_rope_head_dim
+    N, blocks, K = B * queries, -(-context // BLOCK_SIZE), min(config.index_topk, context)
+    value_dim, width = config.kv_lora_rank, config.kv_lora_rank + config.qk_rope_head_dim
     cache = torch.zeros(blocks, *like.shape[1:], dtype=like.dtype, device=device)
     dtype = runner.model.lm_head.weight.dtype
     query = torch.zeros(N, config.num_attention_heads, width, dtype=dtype, device=device)
     slots = torch.randint(0, context, (N, K), dtype=torch.int32, device=device)
-    sparse_attention.warm_up(query, Rows.pages(cache, width, config.kv_lora_rank), slots)
+    rows = Rows.pages(cache, width, value_dim)
+    if is_worth_it(query, rows, K, torch.empty((B, blocks), device="meta")):  # then bfloat16 rows are what is read
+        rows = Rows.contiguous(
+            torch.zeros(blocks * BLOCK_SIZE, width, dtype=torch.bfloat16, device=device), value_dim, None
+        )
+    sparse_attention.warm_up(query, rows, slots)
