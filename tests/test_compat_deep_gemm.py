@@ -205,6 +205,9 @@ def test_pairs_and_narrow_numbers() -> None:
         ({"weights": torch.zeros(2, 2)}, "weights: expected float32 or bfloat16 or float16 [seq_len=2, heads=3], got"),
         ({"cu_seq_len_k_end": torch.zeros(3, dtype=INT)}, "cu_seq_len_k_end: expected int32 or int64 [seq_len=2]"),
         ({"max_seqlen_k": -1}, "max_seqlen_k: expected an integer from 0"),
+        ({"kv": (torch.zeros(5, 4), [1.0] * 5)}, "kv[1]: expected a torch tensor, got list"),
+        ({"cu_seq_len_k_start": [0, 0]}, "cu_seq_len_k_start: expected a torch tensor, got list"),
+        ({"weights": [[1.0]]}, "weights: expected a torch tensor, got list"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(change: dict[str, Any], message: str) -> None:
@@ -229,6 +232,9 @@ def test_bad_arguments_are_refused_by_name(change: dict[str, Any], message: str)
         ({"block_table": torch.zeros(1, dtype=INT)}, "block_table: expected int32 [batch=1, max_blocks], got int32"),
         ({"indices": torch.zeros(2, dtype=INT)}, "indices: expected int32 [batch=1], got int32 [2]"),
         ({"max_context_len": 0}, "max_context_len: expected an integer from 1"),
+        ({"context_lens": [1]}, "context_lens: expected a torch tensor, got list"),
+        ({"block_table": [[0]]}, "block_table: expected a torch tensor, got list"),
+        ({"kv_cache": None}, "kv_cache: expected a NumPy array or a torch tensor, got NoneType"),
     ],
 )
 def test_bad_arguments_of_decoding_are_refused_by_name(change: dict[str, Any], message: str) -> None:

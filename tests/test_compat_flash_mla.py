@@ -6,6 +6,7 @@ import inspect
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -301,6 +302,25 @@ def test_dense_decoding_refuses_pages_that_are_no_multiple_of_64() -> None:
     for cache in (torch.zeros(2, 32, 1, 8), torch.zeros(2, 65, 1, 8)[:, :64]):
         with pytest.raises(ValueError, match="k_cache: expected contiguous pages of a multiple of 64 for dense"):
             flash_mla_with_kvcache(torch.zeros(1, 1, 2, 8), cache, table, lens, 8)
+
+
+@pytest.mark.parametrize("value", [[[[0, 1]]], np.zeros((1, 1, 2), np.int32)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "q", "k_cache", "block_table", "cache_seqlens", "indices", "attn_sink", "extra_k_cache",
+        "extra_indices_in_kvcache", "topk_length", "extra_topk_length", "out",
+    ],
+)  # fmt: skip
+def test_what_is_no_tensor_is_refused_by_name(name: str, value: Any) -> None:
+    arguments = {"q": torch.zeros(1, 1, 2, 8), "k_cache": torch.zeros(1, 64, 1, 8), "block_table": None}
+    arguments |= {"cache_seqlens": None, "head_dim_v": 8, name: value}
+    with pytest.raises(ValueError, match=f"^{name}: expected a torch tensor, got (list|ndarray)$"):
+        flash_mla_with_kvcache(**arguments)
+    if name in ("q", "indices", "attn_sink", "topk_length", "out"):
+        arguments = {"q": torch.zeros(1, 2, 8), "kv": torch.zeros(4, 1, 8), "indices": torch.zeros(1, 1, 2, dtype=INT)}
+        with pytest.raises(ValueError, match=f"^{name}: expected a torch tensor, got (list|ndarray)$"):
+            flash_mla_sparse_fwd(**(arguments | {"sm_scale": 1.0, name: value}))
 
 
 def test_bad_arguments_of_prefill_are_refused_by_name() -> None:

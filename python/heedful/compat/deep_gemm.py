@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from heedful import ops
 from heedful._arrays import FLOATS, Arguments, integer
+from heedful.compat.tensors import expect_tensors
 
 __all__ = [
     "fp8_fp4_mqa_logits",
@@ -63,6 +64,8 @@ def fp8_mqa_logits(
     """
     if not isinstance(kv, (tuple, list)) or len(kv) != 2:
         raise ValueError(f"kv: expected keys and their scales, got {type(kv).__name__}")
+    expect_tensors(**{"q": q, "kv[0]": kv[0], "kv[1]": kv[1], "weights": weights})
+    expect_tensors(cu_seq_len_k_start=cu_seq_len_k_start, cu_seq_len_k_end=cu_seq_len_k_end)
     call = Arguments(backend)
     query = call.take("q", q, _NUMBERS, "seq_len, heads, dim")
     keys = call.take("kv[0]", kv[0], _NUMBERS, "seq_len_kv, dim")
@@ -146,13 +149,15 @@ def fp8_paged_mqa_logits(
     Raises:
         ValueError: an argument of another shape, dtype, device or value; it is named.
     """
+    expect_tensors(q=q, kv_cache=kv_cache, weights=weights, context_lens=context_lens, block_table=block_table)
+    expect_tensors(indices=indices)
     call = Arguments(backend)
     call.take("q", q, _NUMBERS, "batch, next_n, heads, dim")
     batch, next_n, _, dim = q.shape
-    if isinstance(kv_cache, torch.Tensor) and kv_cache.dtype == torch.float8_e4m3fn:
+    if kv_cache is not None and kv_cache.dtype == torch.float8_e4m3fn:
         kv_cache = kv_cache.view(torch.uint8)
     # Blocks may lie apart: checking all of them would copy them.
-    looked_at = kv_cache[:1] if isinstance(kv_cache, torch.Tensor) and not kv_cache.is_contiguous() else kv_cache
+    looked_at = kv_cache[:1] if kv_cache is not None and not kv_cache.is_contiguous() else kv_cache
     call.take("kv_cache", looked_at, ("uint8",), f"num_blocks, block_kv, 1, {dim + 4}")
     call.sizes["batch * next_n"] = batch * next_n
     weights = _as_float32(call, weights, "batch * next_n, heads")

@@ -17,6 +17,7 @@ import torch
 
 from heedful import ops
 from heedful._arrays import FLOATS, Arguments, finite, integer
+from heedful.compat.tensors import expect_tensors
 
 __all__ = ["FlashMLASchedMeta", "flash_mla_sparse_fwd", "flash_mla_with_kvcache", "get_mla_metadata"]
 
@@ -86,6 +87,7 @@ def flash_mla_sparse_fwd(
     """
     if not (isinstance(log_base, (int, float)) and 1 < log_base < math.inf):
         raise ValueError(f"log_base: expected 2 or math.e, got {log_base!r}")
+    expect_tensors(q=q, kv=kv, indices=indices, attn_sink=attn_sink, topk_length=topk_length, out=out)
     call = Arguments(backend)
     query = call.take("q", q, FLOATS, "s_q, h_q, d_qk")
     keys = call.take("kv", kv, FLOATS, "s_kv, 1, d_qk")
@@ -169,6 +171,9 @@ def flash_mla_with_kvcache(
     Raises:
         ValueError: an argument of another shape, dtype, device or value; it is named.
     """
+    expect_tensors(q=q, k_cache=k_cache, block_table=block_table, cache_seqlens=cache_seqlens, indices=indices, out=out)
+    expect_tensors(attn_sink=attn_sink, topk_length=topk_length, extra_topk_length=extra_topk_length)
+    expect_tensors(extra_k_cache=extra_k_cache, extra_indices_in_kvcache=extra_indices_in_kvcache)
     call = Arguments(backend)
     call.take("q", q, FLOATS, "b, s_q, h_q, d")
     width = integer("head_dim_v", head_dim_v, 1, call.size("d"))
