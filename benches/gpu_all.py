@@ -88,9 +88,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=530.0, help="when the run ends, whatever is left")
     parser.add_argument("--tune", action="store_true", help="first measure configurations, and keep them on disk")
     parser.add_argument("--no-write", action="store_true", help="print only")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
+    parser.add_argument("--results", type=Path, help=f"folder of the results (default: {RESULTS}; with --dry, none)")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.no_write |= args.dry and args.results is None
+    args.results = args.results or RESULTS
+    return args
 
 
 class Run:

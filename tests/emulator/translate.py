@@ -203,6 +203,8 @@ class Translator:
         if parts[-1] in _SMALL:
             self.write(d, self._small("fma", parts[-1], sources), instruction)
             return
+        if parts[-1] != "f32":
+            raise NotImplementedError(f"line {instruction.line}: {instruction.name}")
         a = ", ".join(self.read(x, parts[-1]) for x in sources)
         self.write(d, self._to_register(f"fma({a})", parts[-1]), instruction)
 
