@@ -13,9 +13,9 @@ by a barrier from what another thread does to the same bytes.
     matrix     mma, wgmma, ldmatrix: fragments and shared-memory layouts
     driver     Triton's side
 
-What is not seen: time, caches, the order of warps (all threads go through a block together; races are found by checking,
-not by chance); fences of the asynchronous proxy and waits of wgmma, whose sums are there at once; approximations
-(ex2.approx and div.full are taken exactly, denormals kept) and the lower precision in which Hopper sums FP8 products;
-races on tensors above 64 MiB, and of a write with any but the last read of a byte. Bounds are those of a tensor's storage.
-Instructions that none of the kernels needs are refused by name.
+What is not seen: time, caches, the order of warps (all threads go through a block together; races are found by
+checking, not by chance); fences of the asynchronous proxy and waits of wgmma, whose sums are there at once;
+approximations (ex2.approx and div.full are taken exactly, denormals kept) and the lower precision in which Hopper sums
+FP8 products; races on tensors above 64 MiB, and of a write with any but the last read of a byte. Bounds are those of a
+tensor's storage. Instructions that none of the kernels needs are refused by name.
 """
