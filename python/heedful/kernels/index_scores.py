@@ -55,15 +55,16 @@ def sequence_of(tile, query_start_loc, num_seqs, BT: tl.constexpr):
     """The sequence of a tile, and the tile's place in it.
 
     Tiles of sequence b are numbered from query_start_loc[b] // BT + b: at least as many as it has, some of them empty,
-    and found without a prefix sum over the batch. Sequences are counted, not searched: of what comes out of a loop that
-    has no range, Triton 3.9 knows no alignment, and keys would be read by the byte, when they are needed.
+    and found without a prefix sum over the batch.
     """
-    found = 0
-    for first in range(0, num_seqs, 256):
-        b = first + tl.arange(0, 256)
-        number = tl.load(query_start_loc + b, mask=b < num_seqs, other=0) // BT + b
-        found += tl.sum(((b < num_seqs) & (number <= tile)).to(tl.int32), axis=0)
-    b = tl.maximum(found - 1, 0)  # not before the first, whatever the numbers are
+    low, high = 0, num_seqs
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(query_start_loc + middle) // BT + middle <= tile:
+            low = middle + 1
+        else:
+            high = middle
+    b = tl.maximum(low - 1, 0)  # not before the first, whatever the numbers are
     return b, tile - (tl.load(query_start_loc + b) // BT + b)
 
 
@@ -145,7 +146,10 @@ def score_tiles(
     real = tl.arange(0, BT * HP) % HP < HEADS
     rows = out + places.to(tl.int64) * out_stride
     at = offsets[:, None] * KEY_STRIDE + dims[None, :]  # constants apart, so a thread computes one address of a tile
-    for first in tl.range(low, high, BS, num_stages=STAGES):
+    # From 0 on: of a variable that counts from a number found by a loop (`sequence_of`) Triton 3.9 knows nothing, and so
+    # no alignment of addresses that it leads to; keys would be read by the byte, none ahead.
+    for done in tl.range(0, high - low, BS, num_stages=STAGES):
+        first = low + done
         s = first + offsets
         if PAGED:  # rows of a page beyond the sequence exist; what they hold is not seen
             page = tl.load(table + first // 64)
