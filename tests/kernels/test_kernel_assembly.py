@@ -110,6 +110,26 @@ def test_the_next_tile_is_asked_for_before_the_softmax(name: str) -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("index_scores", "decode, float8_e4m3fn x float8_e4m3fn, 64 heads"),
+        ("index_scores", "decode, bfloat16 x bfloat16, 64 heads"),
+        ("index_top_k", "prefill over pages, float8_e4m3fn, 64 heads"),
+        ("index_top_k", "prefill over pages, bfloat16, 64 heads"),
+        ("sparse_attention", "dense, pages, 128 heads, 576/512, bfloat16"),
+    ],
+)
+def test_keys_of_pages_are_fetched_ahead(module: str, name: str, capability: int) -> None:
+    """16 bytes at a time, before the loop and in it; without knowing alignment the compiler reads bytes when needed."""
+    text = assemblies(module, capability, name)[name]
+    fetches = [found.start() for found in re.finditer(r"cp\.async\.cg\.shared\.global.*0x10", text)]
+    product = re.search(r"\b(wgmma\.mma_async|mma\.sync)", text)
+    assert product
+    assert fetches[0] < product.start() < fetches[-1]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
 def test_codecs_divide_as_the_cpu_and_fuse_nothing(capability: int) -> None:
     for text in assemblies("quantize", capability).values():
         assert "div.rn.f32" in text

@@ -113,7 +113,7 @@ def tiles_for(rows: int, num_experts: int, dtype: torch.dtype, gated: bool) -> T
     """As many rows as an expert has on average, up to what fills registers; gates and ups share a program's columns."""
     BM = min(128, max(16, triton.next_power_of_2(-(-rows // num_experts))))
     if dtype == torch.float32:
-        return Tiles(min(BM, 64), 32 if gated else 64, 32, 4, 2)
+        return Tiles(min(BM, 64), 32 if gated else 64, 16 if gated else 32, 4, 2)
     return Tiles(BM, 64 if gated else 128, 64, 8 if BM == 128 else 4, 3)
 
 

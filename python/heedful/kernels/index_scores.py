@@ -146,7 +146,11 @@ def score_tiles(
     real = tl.arange(0, BT * HP) % HP < HEADS
     rows = out + places.to(tl.int64) * out_stride
     at = offsets[:, None] * KEY_STRIDE + dims[None, :]  # constants apart, so a thread computes one address of a tile
-    for first in tl.range(low, high, BS, num_stages=STAGES):
+    # From 0 on: of a variable that counts from a number that a loop has found (`sequence_of`) Triton 3.9 knows nothing,
+    # so no alignment of addresses that it leads to; keys would be read by the byte, none ahead.
+    origin = low if PAGED else 0
+    for done in tl.range(low - origin, high - origin, BS, num_stages=STAGES):
+        first = origin + done
         s = first + offsets
         if PAGED:  # rows of a page beyond the sequence exist; what they hold is not seen
             page = tl.load(table + first // 64)

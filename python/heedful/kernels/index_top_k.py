@@ -68,7 +68,9 @@ def _index_top_k_kernel(
             for t in range(0, count):
                 tl.store(states + t * 4, 0.0)
                 tl.store(states + t * 4 + 1, float("-inf"))
-            for begin in range(low, high + BLOCK, BLOCK):  # once more behind the last keys
+            origin = low if PAGED else 0  # see `score_tiles`
+            for done in range(low - origin, high - origin + BLOCK, BLOCK):  # once more behind the last keys
+                begin = origin + done
                 stop = tl.minimum(begin + BLOCK, high)
                 w = load_weights(weights, first, count, weight_stride, HEADS, BT, HP)  # not kept while selecting
                 score_tiles(

@@ -128,7 +128,7 @@ def _attention_kernel(
                 if PAGED:  # BK divides the page
                     page = tl.load(tables + first // 64)
                     index = tl.where((page >= 0) & (page < blocks), index, -1)
-                    start, slot = page.to(tl.int64) * 64, (at % 64).to(tl.int64)
+                    start, slot = page.to(tl.int64) * 64 + first % 64, tl.arange(0, BK).to(tl.int64)
             there = index.to(tl.uint32, bitcast=True) < rows  # neither negative nor too large
             keys = read_part(kc + start * kc_row, slot, kc_row, there, C, CP, False)
             if ks is not None:

@@ -115,7 +115,7 @@ def cut(pool, fill, k, CAP: tl.constexpr, BLOCK: tl.constexpr):
     tl.debug_barrier()  # candidates were written by other threads
     offsets = tl.arange(0, CAP)
     keys = sortable(tl.load(pool + offsets, mask=offsets < fill, other=float("-inf")))
-    low = tl.min(tl.where(offsets < fill, keys, 0x7FFFFFFF), axis=0)
+    low = tl.min(tl.where(keys == NEVER, 0x7FFFFFFF, keys), axis=0)  # no candidate has a key of NEVER
     high = tl.max(keys, axis=0)
     above = 0  # candidates beyond `high`
     while low < high:  # the largest key that k candidates or more reach, or any that exactly k reach
