@@ -71,6 +71,9 @@ $(VENV)/.installed: $(BIN)/maturin $(RUST)
 	$(BIN)/maturin develop --release --extras torch
 	touch $@
 
+# The extra `dev` names heedful itself, which must be there first; with the extra `torch` its newest release would come, only to
+# make room for the one that `dev` wants.
 $(VENV)/.installed-dev: $(BIN)/maturin $(RUST)
+	$(BIN)/maturin develop --release
 	$(BIN)/maturin develop --release --extras dev
 	touch $(VENV)/.installed $@
