@@ -1,8 +1,9 @@
 """What the compiler makes of the kernels for each card, run in the emulator (tests/emulator).
 
-Triton is in its interpreter in this run, so each card is a process of its own, two at a time. All examples:
+Triton is in its interpreter in this run, so each card is a process of its own, two at a time. Hopper runs everything,
+the others what multiplies and converts. All tests with all examples:
 
-    EMULATE=90 pytest tests/kernels tests/emulated
+    EMULATE=80 pytest tests/kernels tests/emulated
 """
 
 from __future__ import annotations
@@ -19,18 +20,21 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-CARDS = {90: "4", 80: "2", 120: "2"}  # and the examples of a drawn test
-OWN = [f"tests/kernels/test_kernel_{name}.py" for name in ("assembly", "compiled", "tuning")]  # do not depend on it
+EVERYTHING = sorted({path.stem.removeprefix("test_kernel_") for path in (TESTS / "kernels").glob("test_*.py")})
+NOT_RUN = {"assembly", "compiled", "tuning"}  # these compile for cards of their own, or measure
+PRODUCTS = ["dequantize", "experts", "index_scores", "index_top_k", "quantize", "sparse_attention", "write_cache"]
+CARDS = {90: [name for name in EVERYTHING if name not in NOT_RUN], 80: PRODUCTS, 120: PRODUCTS}
+EXAMPLES = "2"  # of a drawn test
 
 if not all(importlib.util.find_spec(name) for name in ("torch", "triton")):
     pytest.skip("torch and Triton are needed", allow_module_level=True)
 
 
 def run(card: int) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "EMULATE": str(card), "EMULATE_EXAMPLES": CARDS[card], "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "EMULATE": str(card), "EMULATE_EXAMPLES": EXAMPLES, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "tests/emulated", "tests/kernels"]
-    command += [f"--ignore={path}" for path in OWN]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "tests/emulated"]
+    command += [f"tests/kernels/test_kernel_{name}.py" for name in CARDS[card]]
     return subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=1200)
 
 
@@ -49,4 +53,4 @@ def test_compiled_kernels_give_what_the_references_give(
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     found = re.search(r"(\d+) passed", done.stdout)
     assert found, done.stdout[-1000:]
-    assert int(found[1]) > 200
+    assert int(found[1]) > 100
