@@ -9,3 +9,8 @@ of its own without it (`tests/kernels/test_kernel_compiled.py`). On a machine wi
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.environ.get("EMULATE") else "1")
+
+if os.environ.get("EMULATE"):
+    from emulator import driver
+
+    driver.activate(int(os.environ["EMULATE"]))

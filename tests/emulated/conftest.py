@@ -1,12 +1,8 @@
-"""Tests of compiled kernels in the emulator: they run where tests/kernels/conftest.py has turned it on (EMULATE=90)."""
+"""Tests of compiled kernels in the emulator: they run where tests/conftest.py has turned it on (EMULATE=90)."""
 
 from __future__ import annotations
 
 import os
 
-if os.environ.get("EMULATE"):
-    from emulator import driver
-
-    driver.activate(int(os.environ["EMULATE"]))
-else:
+if not os.environ.get("EMULATE"):
     collect_ignore_glob = ["test_*.py"]

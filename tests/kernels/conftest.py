@@ -21,12 +21,6 @@ if not all(importlib.util.find_spec(name) for name in ("torch", "triton")):
     collect_ignore_glob = ["test_*.py"]
 
 
-if EMULATED:
-    from emulator import driver
-
-    driver.activate(int(EMULATED))
-
-
 @pytest.fixture(scope="session")
 def device() -> object:
     """CPU in the interpreter, else the GPU; without one the test is skipped."""
